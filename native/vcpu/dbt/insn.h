@@ -14,6 +14,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "mv/features.h"
+
 #define MV_INSN_MAX 15
 
 /* What the translator does with an instruction (mv_op below says which one). */
@@ -76,6 +78,11 @@ enum { MV_SEG_ES, MV_SEG_CS, MV_SEG_SS, MV_SEG_DS, MV_SEG_FS, MV_SEG_GS,
 enum { MV_F_CF = 0x001, MV_F_PF = 0x004, MV_F_AF = 0x010, MV_F_ZF = 0x040,
        MV_F_SF = 0x080, MV_F_DF = 0x400, MV_F_OF = 0x800, MV_F_ARITH = 0x8d5 };
 
+/* Whose state an instruction uses: CR0.TS/EM, CR4.OSFXSR/OSXSAVE and XCR0 may
+ * forbid it (SDM 3A 2.5, 13.1). SSE also stands for MMX's use of XMM state. */
+enum { MV_UNIT_INT, MV_UNIT_X87, MV_UNIT_MMX, MV_UNIT_SSE, MV_UNIT_AVX, MV_UNIT_AVX512,
+       MV_UNIT_FWAIT };
+
 #define MV_REG_NONE 0xff /* no register in this place                       */
 #define MV_REG_RIP 0xfe  /* base of a RIP-relative operand                  */
 
@@ -124,15 +131,22 @@ struct mv_insn {
   uint8_t mem_align;  /* 16/32/64 if the instruction demands it (#GP)        */
   uint8_t base, index, scale; /* registers or MV_REG_NONE; scale 1, 2, 4, 8   */
   int64_t disp;               /* EVEX disp8*N already multiplied             */
-  int64_t imm;                /* first immediate, sign-extended as used      */
+  /* First immediate. Data and branch displacements are sign-extended (truncate
+   * to the operand's size); control bytes, shift counts, ports, vectors and
+   * RET's and ENTER's sizes are zero-extended. */
+  int64_t imm;
   int64_t imm2;               /* ENTER's second, far pointer's selector      */
 
-  /* GPRs read or written, bit per register, places and implicit ones.       */
+  /* GPRs read or written, bit per register: places, base and index of memory,
+   * and implicit ones. A register that keeps a part of its old value (8- and
+   * 16-bit writes) or may keep all of it counts as read too. */
   uint16_t gpr_read, gpr_written;
   /* Flags (MV_F_*): read; certainly overwritten whatever the operands
    * (undefined counts); possibly written.                                   */
   uint16_t flags_read, flags_killed, flags_written;
-  uint32_t feature; /* enum mv_feature: the CPUID bit that offers it          */
+  uint8_t feature;  /* enum mv_feature: the CPUID bit that offers it          */
+  uint8_t feature2; /* also needed (AVX512VL), or MV_FEAT_BASE                */
+  uint8_t unit;     /* MV_UNIT_*                                             */
   uint16_t row;     /* index into the table, for names and tests             */
 };
 
