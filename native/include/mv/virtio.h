@@ -25,7 +25,9 @@ struct mv_vq {
   uint16_t size;              /* power of two, <= MV_VQ_SIZE_MAX           */
   bool ready;
   /* ours */
+  uint8_t *desc_hva, *avail_hva, *used_hva; /* checked at QueueReady        */
   uint16_t last_avail, used_idx;
+  uint16_t signalled; /* used_idx at the last look at used_event            */
   struct mv_virtio *dev;
 };
 
@@ -49,6 +51,8 @@ struct mv_virtio_ops {
   void (*driver_ok)(struct mv_virtio *dev);
   void (*reset)(struct mv_virtio *dev); /* forget all requests in flight    */
   void (*config_write)(struct mv_virtio *dev, uint32_t off, uint64_t v, unsigned len);
+  /* Without the lock, vCPUs stopped: ends workers, closes, frees the device. */
+  void (*destroy)(struct mv_virtio *dev);
 };
 
 struct mv_virtio {
@@ -62,17 +66,30 @@ struct mv_virtio {
   uint64_t driver_features;
   struct mv_vq vq[MV_VIRTIO_QUEUES_MAX];
   int notify_fd; /* ioeventfd on KVM; -1 on the translator                  */
+  struct mv_loop *notify_loop; /* that watches notify_fd                    */
 };
 
 /* Puts `dev` (ops, mem, irq, config set) at `gpa` of the bus. 0 or -errno. */
 int mv_virtio_attach(struct mv_virtio *dev, struct mv_bus *mmio, uint64_t gpa);
+/* Undoes what attach and notify_fd allocated; devices call it in destroy. */
+void mv_virtio_detach(struct mv_virtio *dev);
+/* True between DRIVER_OK and a reset, unless the device NEEDS_RESET. */
+bool mv_virtio_running(const struct mv_virtio *dev);
+/* The rest with dev->lock held.  Config was changed by the device: */
+void mv_virtio_config_changed(struct mv_virtio *dev);
+/* The driver broke the protocol: DEVICE_NEEDS_RESET, all queues are dead. */
+void mv_virtio_broken(struct mv_virtio *dev);
+void mv_virtio_interrupt(struct mv_virtio *dev); /* used buffers            */
 
-/* Takes the next chain. 1: *out filled, 0: ring empty, -EPROTO: the ring is
+/* Takes the next chain. 1: *out filled, 0: ring empty (and the driver will
+ * notify when it no longer is), -EPROTO: the ring is
  * broken; the transport has set DEVICE_NEEDS_RESET and the queue is dead. */
 int mv_vq_pop(struct mv_vq *vq, struct mv_vq_chain *out);
-/* Puts the last chain back, to be popped again (no buffer space now). */
+/* Puts the last chain back, to be popped again (no buffer space now). May be
+ * repeated, latest first; the ring is read and checked anew by the next pop. */
 void mv_vq_unpop(struct mv_vq *vq);
-/* Completes a chain of which `written` bytes were written. */
+/* Completes a chain of which the first `written` writable bytes were written,
+ * and reports them to mv_mem_written. */
 void mv_vq_push(struct mv_vq *vq, const struct mv_vq_chain *chain, uint32_t written);
 /* Interrupts the driver if it wants to be (after one or more pushes). */
 void mv_vq_signal(struct mv_vq *vq);
