@@ -20,7 +20,6 @@
 #ifndef MV_DBT_H
 #define MV_DBT_H
 
-#include <setjmp.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -59,17 +58,38 @@ struct mv_dtr {
 };
 
 /* One entry of the software TLB. A tag is the guest page's address, or a value
- * that no address can match. `addend` + offset in page is the host address. */
+ * that no address with this entry's index can match (mmu.c, tlb_no_tag). */
 struct mv_tlb_entry {
   uint64_t tag_r, tag_w;
-  uint64_t hva;  /* of the page                                             */
-  uint64_t unused;
+  uint64_t hva; /* host address of the page                                 */
+  uint64_t global;
 };
 #define MV_TLB_BITS 10
 #define MV_TLB_SIZE (1u << MV_TLB_BITS)
 
+/* Jump cache: code address by the low 16 bits of RIP. The code that is entered
+ * checks that it is the right one (translate.c, "entries"). */
+#define MV_JC_SIZE 65536u
+/* Which mapping (struct mv_codepage id) is seen at a virtual page now; entries
+ * of guarded blocks compare it. 0: not known. */
+#define MV_ITLB_SIZE 1024u
+
+/* C functions that translated code calls, by index into mv_dbt.tramp. */
+enum mv_tramp {
+  MV_TRAMP_MEM,      /* TLB miss: arg is the site                            */
+  MV_TRAMP_LINK,     /* direct jump not linked yet: arg is the link          */
+  MV_TRAMP_INDIRECT, /* indirect jump: t0 is the target                      */
+  MV_TRAMP_GUARD,    /* a guard did not match: arg is the block              */
+  MV_TRAMP_INSN,     /* let C execute the instruction: arg is the site       */
+  MV_TRAMP_RAISE,    /* the instruction raises: arg is vector << 24 | site   */
+  MV_TRAMP_BOUNCE_IN, MV_TRAMP_BOUNCE_OUT, /* see exec.c, "bounce"           */
+  MV_TRAMP_STEP,     /* end of a single-instruction block: arg is the block  */
+  MV_TRAMP_COUNT
+};
+
 /* Privilege of translated code: it selects the TLB. */
 enum mv_priv { MV_PRIV_KERNEL = 0, MV_PRIV_USER = 1, MV_PRIV_COUNT = 2 };
+
 
 struct mv_dbt {
   /* ---- hot: addressed by translated code through GS -------------------- */
@@ -94,7 +114,6 @@ struct mv_dbt {
   uint8_t exc_vector;
   bool exc_has_code;
   uint32_t exc_code;
-  jmp_buf exc_jmp; /* unused by translated code                             */
 
   /* system.c's own: other MSRs, kvmclock, pending events                    */
   struct mv_system *sys;
@@ -109,6 +128,22 @@ struct mv_dbt {
   struct mv_vm *vm;
   uint64_t icount; /* guest instructions begun, if vm->count                 */
   bool fpu_live;   /* guest's vector state is in the host's registers        */
+
+  /* ---- of translated code and enter.S ------------------------------------ */
+  struct mv_dbt *self;
+  uint64_t host_rsp;         /* C's stack while guest code runs               */
+  uint64_t resume;           /* where enter.S jumps to after loading registers */
+  uint64_t t0;               /* scratch register 0 at the last call of C      */
+  uint64_t save_rax;         /* RAX while flags are kept in it                */
+  uint64_t stash[2];         /* values kept over a second memory check        */
+  uint64_t borrow;           /* a guest register lent to an instruction       */
+  uint64_t poll;             /* address that poll points load from            */
+  uint64_t tramp[MV_TRAMP_COUNT];
+  uint8_t bounce[128] __attribute__((aligned(64))); /* operand of a slow access */
+  uint8_t vec[4][32] __attribute__((aligned(64)));  /* vector operands for C  */
+  uint32_t itlb[MV_PRIV_COUNT][MV_ITLB_SIZE];
+  struct mv_tlb_entry tlb[MV_PRIV_COUNT][MV_TLB_SIZE] __attribute__((aligned(64)));
+  uint64_t jc[MV_PRIV_COUNT][MV_JC_SIZE];
 };
 
 /* ======================== raising exceptions =========================== */
