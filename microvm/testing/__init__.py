@@ -1,0 +1,1 @@
+"""What tests use: the low-level vCPU API (`microvm.testing.vcpu`)."""
