@@ -58,8 +58,10 @@ _DECLARED = re.compile(r"(?:struct|union|enum)\s+(\w+)\s*\{")
 
 def cdef_from_headers() -> str:
     """The declarations of HEADERS in the dialect that `FFI.cdef` accepts."""
+    kernel_types = {"8": "char", "16": "short", "32": "int", "64": "long long"}
     typedefs = "".join(
-        f"typedef {s}int{n}_t __{s or 's'}{n};\n" for n in (8, 16, 32, 64) for s in ("u", "")
+        f"typedef signed {c} __s{bits};\ntypedef unsigned {c} __u{bits};\n"
+        for bits, c in kernel_types.items()
     )
     return typedefs + "\n".join(_declarations(_preprocess()))
 
@@ -167,7 +169,7 @@ def build_extension(target: Path, *, sanitize: bool = False) -> Path:
     ffi.emit_c_code(str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    link = [*_compiler(), *"-O1 -g -shared -fPIC -pthread".split()]
+    link = [*_compiler(), "-O1", "-g", "-shared", "-fPIC", "-pthread"]
     if sanitize:
         link += ["-fsanitize=address,undefined"]
     link += [f"-I{sysconfig.get_path('include')}", f"-I{NATIVE / 'include'}"]

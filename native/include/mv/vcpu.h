@@ -93,6 +93,7 @@ struct mv_vcpu {
   const struct mv_vcpu_ops *ops; /* may change at a hand-over               */
   unsigned id;                   /* APIC id                                 */
   void *impl;                    /* the backend's                           */
+  struct mv_run *run;            /* run.c's                                 */
   struct mv_vcpu_stats stats;
 };
 
@@ -113,12 +114,14 @@ struct mv_vm {
   bool hlt_exits;        /* HLT returns MV_EXIT_HLT instead of sleeping      */
   bool exceptions_exit;  /* an exception returns instead of being delivered  */
   bool count;            /* count guest instructions                        */
+  uint8_t handover;      /* enum mv_handover                                */
   struct mv_dbt_options dbt;
   struct mv_irqchip irqchip; /* filled by vm_init                           */
   const struct mv_vcpu_ops *ops;
   void *impl; /* the backend's: KVM's descriptors; the translator's IOAPIC  */
   unsigned nvcpus;
   struct mv_vcpu *vcpu[32];
+  const char *failed; /* what the last error came from; a string constant   */
 };
 
 extern const struct mv_vcpu_ops mv_kvm_ops, mv_dbt_ops;
