@@ -41,7 +41,8 @@ struct mv_serial_config {
   struct mv_loop *loop; /* needed for in_fd; else NULL                      */
   int in_fd;            /* the line's input, or -1                          */
 };
-int mv_serial_new(struct mv_serial **out, struct mv_bus *pio, const struct mv_serial_config *config);
+int mv_serial_new(struct mv_serial **out, struct mv_bus *pio,
+                  const struct mv_serial_config *config);
 /* Types `len` bytes; returns how many fitted. Any thread. */
 size_t mv_serial_input(struct mv_serial *serial, const void *data, size_t len);
 void mv_serial_free(struct mv_serial *serial);

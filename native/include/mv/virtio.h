@@ -16,7 +16,7 @@
 #include "mv/loop.h"
 #include "mv/mem.h"
 
-#define MV_VQ_SIZE_MAX 256
+#define MV_VQ_SIZE_MAX       256
 #define MV_VIRTIO_QUEUES_MAX 8
 
 struct mv_vq {
@@ -34,7 +34,7 @@ struct mv_vq {
 /* One request: its readable buffers, then its writable ones. */
 struct mv_vq_chain {
   uint16_t head;
-  unsigned nread, nwrite;      /* iovecs                                   */
+  unsigned nread, nwrite; /* iovecs                                   */
   uint64_t read_len, write_len;
   struct iovec iov[MV_VQ_SIZE_MAX]; /* nread readable, then nwrite writable */
   uint64_t gpa[MV_VQ_SIZE_MAX];
@@ -65,7 +65,7 @@ struct mv_virtio {
   uint32_t features_sel, driver_features_sel, queue_sel;
   uint64_t driver_features;
   struct mv_vq vq[MV_VIRTIO_QUEUES_MAX];
-  int notify_fd; /* ioeventfd on KVM; -1 on the translator                  */
+  int notify_fd;               /* ioeventfd on KVM; -1 on the translator                  */
   struct mv_loop *notify_loop; /* that watches notify_fd                    */
 };
 
