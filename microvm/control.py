@@ -34,7 +34,7 @@ SERIAL, HVC, RNG, BLK, VSOCK = range(1, 6)
 # enum mv_ctl_device_flag
 READ_ONLY = 1
 # enum mv_ctl_connect_fd
-FD_IN, FD_OUT, FD_DONE = 1, 2, 4
+FD_IN, FD_OUT, FD_BOTH, FD_DONE = 1, 2, 4, 8
 # enum mv_ctl_reason
 POWEROFF, REBOOT, PANIC, SHUTDOWN, DEBUG_EXIT, HALTED, STOPPED, BACKEND, SETUP = range(1, 10)
 

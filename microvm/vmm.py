@@ -15,7 +15,6 @@ import os
 import sys
 from _socket import AF_UNIX, SCM_RIGHTS, SOCK_SEQPACKET, SOL_SOCKET, socketpair
 from select import POLLIN, poll
-from time import monotonic
 
 from microvm import control
 from microvm.errors import ConfigError, HostError
@@ -58,9 +57,9 @@ class Vmm:
                 [_EXECUTABLE],
                 {},
                 file_actions=[
+                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), control.FD),
                     (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
                     (os.POSIX_SPAWN_DUP2, 0, 1),
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), control.FD),
                 ],
                 setsid=True,
             )
@@ -98,13 +97,14 @@ class Vmm:
         *,
         source: int | None = None,
         sink: int | None = None,
+        both: int | None = None,
         done: int | None = None,
     ) -> None:
         """Opens a vsock stream to ``port`` of the guest that begins with ``prefix``.
 
         Bytes read from descriptor ``source`` go to the guest, end of file too; the guest's bytes
-        go to ``sink``. Both may be one socket. The VMM has its own copies; its copy of ``done`` is
-        closed when the stream is over and everything has been written to ``sink``. A stream that
+        go to ``sink``; or ``both`` is a socket for both ways. The VMM has its own copies; its copy
+        of ``done`` is closed when the stream is over and everything has been written to ``sink``. A stream that
         cannot be opened ends in the same way.
         """
         have = [
@@ -112,6 +112,7 @@ class Vmm:
             for bit, fd in (
                 (control.FD_IN, source),
                 (control.FD_OUT, sink),
+                (control.FD_BOTH, both),
                 (control.FD_DONE, done),
             )
             if fd is not None
@@ -144,19 +145,20 @@ class Vmm:
 
     def wait(self, timeout: float) -> bool:
         """Waits until the process has ended, ``timeout`` seconds at most; whether it has."""
-        deadline = monotonic() + timeout
-        pause = poll()
-        while self.wait_status is None:
+        if self.wait_status is not None:
+            return True
+        try:
+            handle = os.pidfd_open(self.pid)
             try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else in this program waited for it
-                pid, status = self.pid, 0
-            if pid:
-                self.wait_status = status
-            elif monotonic() > deadline:
-                return False
-            else:
-                pause.poll(1)
+                ended = poll()
+                ended.register(handle, POLLIN)
+                if not ended.poll(int(timeout * 1000)):
+                    return False
+            finally:
+                os.close(handle)
+            self.wait_status = os.waitpid(self.pid, 0)[1]
+        except (ChildProcessError, ProcessLookupError):  # somebody else here waited for it
+            self.wait_status = 0
         return True
 
     def close(self) -> None:

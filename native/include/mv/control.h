@@ -23,11 +23,11 @@
 
 #include <stdint.h>
 
-#define MV_CTL_VERSION 1
-#define MV_CTL_FD 3            /* the descriptor that mv-vmm is born with      */
-#define MV_CTL_PACKET_MAX 65536 /* bytes of one packet, header included        */
-#define MV_CTL_FDS_MAX 4       /* descriptors beside one packet                */
-#define MV_CTL_PREFIX_MAX 256  /* bytes the host says first on a vsock stream  */
+#define MV_CTL_VERSION     1
+#define MV_CTL_FD          3      /* the descriptor that mv-vmm is born with      */
+#define MV_CTL_PACKET_MAX  65536  /* bytes of one packet, header included        */
+#define MV_CTL_FDS_MAX     4      /* descriptors beside one packet                */
+#define MV_CTL_PREFIX_MAX  256    /* bytes the host says first on a vsock stream  */
 #define MV_CTL_CONSOLE_MAX 262144 /* bytes of console that are kept            */
 
 enum mv_ctl_type {
@@ -100,10 +100,10 @@ struct mv_ctl_file {
 };
 
 enum mv_ctl_device_kind {
-  MV_CTL_SERIAL = 1,  /* fd: output is copied there, if one is sent          */
-  MV_CTL_HVC = 2,     /* virtio console; its output joins the console's ring */
+  MV_CTL_SERIAL = 1, /* fd: output is copied there, if one is sent          */
+  MV_CTL_HVC = 2,    /* virtio console; its output joins the console's ring */
   MV_CTL_RNG = 3,
-  MV_CTL_BLK = 4,     /* fd: raw image                                       */
+  MV_CTL_BLK = 4, /* fd: raw image                                       */
   MV_CTL_VSOCK = 5,
 };
 
@@ -126,12 +126,12 @@ struct mv_ctl_entry {
 enum mv_ctl_connect_fd {
   MV_CTL_FD_IN = 1,   /* bytes from it go to the guest, then end of file     */
   MV_CTL_FD_OUT = 2,  /* bytes from the guest go to it                       */
-  MV_CTL_FD_DONE = 4, /* closed when the stream is over and FD_OUT drained   */
+  MV_CTL_FD_BOTH = 4, /* a socket for both ways, instead of the two above    */
+  MV_CTL_FD_DONE = 8, /* closed when the stream is over and FD_OUT drained   */
 };
 
-/* Opens a stream from the host to a port of the guest. FD_IN and FD_OUT may be
- * one socket sent twice. The VMM owns what is sent. A stream that cannot be
- * opened closes its descriptors. */
+/* Opens a stream from the host to a port of the guest. The VMM owns what is
+ * sent. A stream that cannot be opened closes its descriptors. */
 struct mv_ctl_connect {
   uint32_t port;
   uint32_t fds; /* of enum mv_ctl_connect_fd                                 */
@@ -150,7 +150,7 @@ struct mv_ctl_guest {
 
 #define MV_CTL_EXIT_KINDS 9 /* MV_EXIT_COUNT                                 */
 
-struct mv_ctl_stats { /* sums over all vCPUs                                 */
+struct mv_ctl_stats {                /* sums over all vCPUs                                 */
   uint64_t exits[MV_CTL_EXIT_KINDS]; /* by enum mv_exit                      */
   uint64_t instructions, irqs;
   uint64_t translated_blocks, translated_insns, code_flushes, tlb_misses;
@@ -163,7 +163,7 @@ struct mv_ctl_regs {
 };
 
 enum mv_ctl_reason {
-  MV_CTL_R_POWEROFF = 1,   /* value: the guest's status                      */
+  MV_CTL_R_POWEROFF = 1, /* value: the guest's status                      */
   MV_CTL_R_REBOOT = 2,
   MV_CTL_R_PANIC = 3,      /* the kernel said so on its console              */
   MV_CTL_R_SHUTDOWN = 4,   /* triple fault                                   */
@@ -176,7 +176,7 @@ enum mv_ctl_reason {
 
 struct mv_ctl_exit {
   uint64_t time;
-  uint32_t reason;  /* enum mv_ctl_reason                                    */
+  uint32_t reason; /* enum mv_ctl_reason                                    */
   int32_t value;
   uint32_t message; /* SETUP: enum mv_ctl_type of the message that failed    */
   uint32_t reserved;
