@@ -104,7 +104,7 @@ static const struct rule rules[] = {
                  L7_EBX | IF_AVX512(AVX512_7_EBX)}, {0, L7_EBX_ALWAYS}},
   {0x7, 0, ECX, {L7_ECX | BIT(2) | AVX512_7_ECX, L7_ECX | IF_AVX512(AVX512_7_ECX)}, {0, 0}},
   {0x7, 0, EDX, {L7_EDX | L7_EDX_SPEC_KVM | AVX512_7_EDX,
-                 L7_EDX | L7_EDX_SPEC | IF_AVX512(AVX512_7_EDX)}, {0, 0}},
+                 L7_EDX | IF_AVX512(AVX512_7_EDX)}, {0, L7_EDX_SPEC}},
   {0x7, 1, EAX, {BIT(4) | AVX512_71_EAX, BIT(4) | IF_AVX512(AVX512_71_EAX)}, {0, 0}},
   {0xd, 1, EAX, {BIT(0) | BIT(1) | BIT(2), BIT(0) | BIT(1)}, {0, 0}},
   {0x80000001, 0, ECX, {X1_ECX | BIT(6) | BIT(7), X1_ECX}, {0, 0}},
@@ -272,8 +272,10 @@ static void put_caches(struct build *b) {
 }
 
 static void put_features(struct build *b) {
+  uint32_t intel_only = b->amd && b->backend == MV_CPUID_DBT ? L7_EDX_SPEC : 0;
   put(b, 0x6, 0, false, ruled(b, 0x6, 0, EAX), 0, 0, 0);
-  put(b, 0x7, 0, true, 1, ruled(b, 0x7, 0, EBX), ruled(b, 0x7, 0, ECX), ruled(b, 0x7, 0, EDX));
+  put(b, 0x7, 0, true, 1, ruled(b, 0x7, 0, EBX), ruled(b, 0x7, 0, ECX),
+      ruled(b, 0x7, 0, EDX) & ~intel_only);
   put(b, 0x7, 1, true, ruled(b, 0x7, 1, EAX), 0, 0, 0);
 }
 
