@@ -86,7 +86,7 @@ struct mv_console_config {
   int in_fd, out_fd; /* or -1                                               */
   mv_sink_fn sink;
   void *sink_ctx;
-  uint16_t cols, rows; /* 0: not offered                                    */
+  uint16_t cols, rows; /* 0: unknown                                        */
 };
 int mv_console_new(struct mv_virtio **out, const struct mv_virtio_place *at,
                    const struct mv_console_config *config);
@@ -118,7 +118,8 @@ struct mv_vsock_ends {
   /* Once, on the loop's thread, when the stream is gone and both descriptors
    * are closed. 0: the guest closed it; -ECONNREFUSED: nobody listens there;
    * -ECONNRESET: the guest reset the stream, or itself; -ECANCELED:
-   * mv_vsock_close; -EPROTO: the guest broke the protocol. May be NULL. */
+   * mv_vsock_close; -EPROTO: the guest broke the protocol; another -errno:
+   * out_fd could not be written (-EPIPE: its reader went away). May be NULL. */
   void (*on_close)(void *ctx, int error);
   void *ctx;
 };
