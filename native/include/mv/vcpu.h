@@ -119,6 +119,7 @@ struct mv_vm {
   struct mv_irqchip irqchip; /* filled by vm_init                           */
   const struct mv_vcpu_ops *ops;
   void *impl; /* the backend's: KVM's descriptors; the translator's IOAPIC  */
+  unsigned ncpus; /* how many there will be (CPUID tells it); 0: one        */
   unsigned nvcpus;
   struct mv_vcpu *vcpu[32];
   const char *failed; /* what the last error came from; a string constant   */
