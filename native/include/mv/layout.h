@@ -16,6 +16,7 @@
 #define MV_CMDLINE_GPA 0x20000ULL    /* NUL-terminated kernel command line*/
 #define MV_CMDLINE_MAX 4096
 #define MV_EBDA_GPA 0x9fc00ULL /* end of low RAM; MP table lives here*/
+#define MV_ACPI_GPA 0xe0000ULL  /* ACPI tables, for kernels that need them */
 #define MV_HIGH_RAM_GPA 0x100000ULL
 
 /* ---- the hole below 4 GiB: RAM continues at 4 GiB --------------------- */
