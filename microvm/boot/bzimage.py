@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 from microvm.errors import ConfigError
 
+#: What the decompressors raise.
+_DAMAGE = (OSError, ValueError, EOFError, MemoryError, zlib.error, lzma.LZMAError)
 #: No kernel is larger than this when unpacked, in bytes.
 UNPACKED_MAX = 512 << 20
 
@@ -52,7 +54,7 @@ def unpack(data: bytes, name: str) -> tuple[bytes, int]:
         raise ConfigError(f"{name}: not a 64-bit kernel")
     setup = ((data[0x1F1] or 4) + 1) * _SECTOR
     offset, length = struct.unpack_from("<II", data, 0x248)
-    if not 8 <= length or setup + offset + length > len(data):
+    if length < 8 or setup + offset + length > len(data):
         raise ConfigError(
             f"{name}: bzImage is truncated or damaged: its payload would end at byte "
             f"{setup + offset + length} of {len(data)}"
@@ -69,7 +71,7 @@ def _decompress(payload: bytes, name: str) -> bytes:
         if payload.startswith(magic):
             try:
                 vmlinux = function(payload)
-            except (OSError, ValueError, EOFError, MemoryError, zlib.error, lzma.LZMAError) as error:
+            except _DAMAGE as error:
                 raise ConfigError(
                     f"{name}: {method} payload is damaged: {str(error) or type(error).__name__}"
                 ) from error

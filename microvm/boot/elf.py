@@ -7,6 +7,7 @@ rest of its ``p_memsz`` is zero, which RAM is anyway. Its entry point is physica
 from __future__ import annotations
 
 import io
+import itertools
 
 from microvm import layout
 from microvm._record import Record
@@ -36,7 +37,7 @@ def read_segments(data: bytes, name: str) -> tuple[int, list[Segment]]:
     segments.sort(key=lambda segment: segment.gpa)
     for segment in segments:
         _check(segment, len(data), name)
-    for below, above in zip(segments, segments[1:], strict=False):
+    for below, above in itertools.pairwise(segments):
         if below.gpa + below.memory > above.gpa:
             raise ConfigError(f"{name}: segments at {below.gpa:#x} and {above.gpa:#x} overlap")
     if not any(s.gpa <= entry < s.gpa + s.size for s in segments):

@@ -24,6 +24,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final
 
+    from microvm.boot import flat
+
 #: Bits of ``Kernel.features``: what the image can do, found by the words in it.
 MPTABLE: Final = 1  #: parses MP tables
 MMIO_CMDLINE: Final = 2  #: takes virtio_mmio.device= on its command line
@@ -64,7 +66,8 @@ def load_kernel(path: str) -> Kernel:
     except OSError as error:
         raise ConfigError(f"{path}: cannot open kernel: {error.strerror}") from error
     root = os.path.join(cache_dir(), "kernels")
-    key = f"{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}"
+    times = f"{stat.st_mtime_ns:x}-{stat.st_ctime_ns:x}"
+    key = f"{stat.st_dev:x}-{stat.st_ino:x}-{stat.st_size:x}-{times}"
     link = os.path.join(root, "by-stat", key)
     return _read(path, link, root) or _add(path, link, root)
 
@@ -133,7 +136,3 @@ def _describe(content: str, parsed: flat.Parsed) -> str:
         "end",
     )
     return "\n".join(str(field) for field in fields)
-
-
-if TYPE_CHECKING:
-    from microvm.boot import flat

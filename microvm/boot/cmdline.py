@@ -1,0 +1,71 @@
+"""The kernel's command line: what we say by default, and why."""
+
+from __future__ import annotations
+
+from microvm import layout
+from microvm.boot import kernel as features
+from microvm.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from microvm.boot.kernel import Kernel
+
+#: COMMAND_LINE_SIZE of x86: the kernel cuts what is longer, silently. In bytes, with its NUL.
+COMMAND_LINE_SIZE = 2048
+
+_EVERY = (
+    "console=ttyS0",  # messages and panics through the simplest device there is
+    "panic=-1",  # a panic restarts at once, which ends the guest; nobody is there to read it
+    "reboot=k",  # by the keyboard controller's port: a triple fault then always means a fault
+    "tsc=reliable",  # it is the host's: no watchdog timer compares clocks
+    "noreplace-smp",  # one CPU: 7,000 LOCK prefixes stay; patching them costs 5 M instructions
+    "norandmaps",  # equal addresses from run to run: counts compare, predicted targets hold
+    "rcupdate.rcu_expedited=1",  # unmounting, namespaces: no waiting for ticks on few, idle CPUs
+)
+_STOCK = (
+    "pci=off",  # there is no bus: do not probe for one
+    "8250.nr_uarts=1",  # three absent ports cost 300 exits
+    "init_on_alloc=0",  # zeroes each allocation against bugs in drivers; pages come zeroed anyway
+    "randomize_kstack_offset=off",  # RDTSC in each system call
+    "nowatchdog",  # lock-up detectors: a timer each, and an idle guest should sleep
+    "cryptomgr.notests",  # self-tests of algorithms
+    "apparmor=0",  # no policy is ever loaded, its hooks cost all the same
+    "audit=0",  # nobody reads it
+)
+_MITIGATED = "mitigations=off"  # side channels are out of the threat model; retpolines cost 5 %
+
+
+def default_cmdline(kernel: Kernel, *, virtio: int, verbose: bool = False) -> str:
+    """The command line for a kernel with ``virtio`` devices, ``verbose``: with boot messages."""
+    words = list(_EVERY)
+    if not verbose:
+        words.append("quiet")  # each byte of a message is an exit
+    if not kernel.features & features.NO_MITIGATIONS:
+        words.append(_MITIGATED)
+    if kernel.is_tuned:
+        if kernel.features & features.ACPI:
+            words.append("acpi=off")  # it could, but the MP table is less
+        words += (_mmio_word(index) for index in range(virtio))
+    else:
+        words += _STOCK
+    return " ".join(words)
+
+
+def _mmio_word(index: int) -> str:
+    gpa = layout.VIRTIO_MMIO_GPA + index * layout.VIRTIO_MMIO_STRIDE
+    return f"virtio_mmio.device=4K@{gpa:#x}:{layout.GSI_VIRTIO + index}"
+
+
+def encode(cmdline: str) -> bytes:
+    """The bytes for CMDLINE_GPA, with a NUL. Raises ``ConfigError``."""
+    try:
+        data = cmdline.encode("ascii", "surrogateescape") + b"\0"
+    except UnicodeEncodeError:
+        data = cmdline.encode("utf-8", "surrogateescape") + b"\0"
+    if len(data) > COMMAND_LINE_SIZE:
+        raise ConfigError(
+            f"kernel command line is {len(data) - 1} bytes: at most {COMMAND_LINE_SIZE - 1} fit"
+        )
+    if b"\0" in data[:-1] or b"\n" in data:
+        raise ConfigError("kernel command line contains a NUL or a line end")
+    return data
