@@ -1,0 +1,588 @@
+/*
+ * The decoder: bytes to struct mv_insn.
+ *
+ * It reads prefixes, finds the opcode's row in the table (insn_row.h), reads
+ * ModRM, SIB and displacement once, and then lets the row's operands say what
+ * they are: registers, memory of some size, immediates. Nothing here knows an
+ * instruction by name, but for NOP/PAUSE/XCHG, which share opcode 90.
+ *
+ * Bytes are read through need(), which stops at the end of what is there or at
+ * the 15th byte, so that an instruction that continues on the next page gives
+ * MV_DECODE_SHORT and the caller tries again with more.
+ *
+ * SDM 2A chapter 2 (format), 2.2.1 (REX), 2.3 (VEX), 2.7 (EVEX).
+ */
+#include <string.h>
+
+#include "insn_row.h"
+
+struct cursor {
+  const uint8_t *bytes;
+  unsigned pos, limit;
+  unsigned pp;                         /* mandatory prefix: NP, P66, PF3, PF2              */
+  unsigned rex_r, rex_x, rex_b, rex_w; /* from REX, VEX or EVEX, as 0 or 1   */
+  unsigned vvvv;                       /* register number                                  */
+  bool modrm_read;
+};
+
+/* Bytes by size rule, operand size (1, 2, 4, 8) and vector length (16, 32, 64). */
+#define ALWAYS(n)                                                                                  \
+  {                                                                                                \
+    {n, n, n}, {n, n, n}, {n, n, n}, {                                                             \
+      n, n, n                                                                                      \
+    }                                                                                              \
+  }
+#define BY_OP(a, b, c, d)                                                                          \
+  {                                                                                                \
+    {a, a, a}, {b, b, b}, {c, c, c}, {                                                             \
+      d, d, d                                                                                      \
+    }                                                                                              \
+  }
+#define BY_LEN(a, b, c)                                                                            \
+  {                                                                                                \
+    {a, b, c}, {a, b, c}, {a, b, c}, {                                                             \
+      a, b, c                                                                                      \
+    }                                                                                              \
+  }
+static const uint16_t size_table[SZ_COUNT][4][3] = {
+    [SZ_b] = ALWAYS(1),
+    [SZ_w] = ALWAYS(2),
+    [SZ_d] = ALWAYS(4),
+    [SZ_q] = ALWAYS(8),
+    [SZ_dq] = ALWAYS(16),
+    [SZ_qq] = ALWAYS(32),
+    [SZ_t] = ALWAYS(10),
+    [SZ_512] = ALWAYS(512),
+    [SZ_v] = BY_OP(1, 2, 4, 8),
+    [SZ_z] = BY_OP(1, 2, 4, 4),
+    [SZ_y] = BY_OP(4, 4, 4, 8),
+    [SZ_p] = BY_OP(3, 4, 6, 10),
+    [SZ_s] = BY_OP(6, 6, 6, 10),
+    [SZ_a] = BY_OP(2, 4, 8, 16),
+    [SZ_x] = BY_LEN(16, 32, 64),
+    [SZ_h] = BY_LEN(8, 16, 32),
+    [SZ_f] = BY_LEN(4, 8, 16),
+    [SZ_e] = BY_LEN(2, 4, 8),
+    [SZ_dup] = BY_LEN(8, 32, 64),
+    [SZ_env] = BY_OP(28, 14, 28, 28),
+    [SZ_fsave] = BY_OP(108, 94, 108, 108),
+    [SZ_v_w] = ALWAYS(2),
+    [SZ_d_b] = ALWAYS(1),
+    [SZ_d_w] = ALWAYS(2),
+    [SZ_d_d] = ALWAYS(4),
+};
+
+/* Flags that condition cc reads, SDM 1 appendix B; odd ones are negations. */
+static const uint16_t cc_flags[8] = {
+    MV_F_OF, MV_F_CF, MV_F_ZF,           MV_F_CF | MV_F_ZF,
+    MV_F_SF, MV_F_PF, MV_F_SF | MV_F_OF, MV_F_ZF | MV_F_SF | MV_F_OF,
+};
+
+enum prefix { NONE, SEG, OPSIZE, ADDRSIZE, LOCK, REPNE, REP, REX };
+static const uint8_t prefixes[256] = {
+    [0x26] = SEG,  [0x2e] = SEG,   [0x36] = SEG,    [0x3e] = SEG,
+    [0x64] = SEG,  [0x65] = SEG,   [0x66] = OPSIZE, [0x67] = ADDRSIZE,
+    [0xf0] = LOCK, [0xf2] = REPNE, [0xf3] = REP,    [0x40 ... 0x4f] = REX,
+};
+
+/* May n more bytes be read? */
+static inline bool have(const struct cursor *c, unsigned n) {
+  return c->limit - c->pos >= n;
+}
+
+static enum mv_decode_status stopped(struct mv_insn *out, const struct cursor *c) {
+  out->len = c->limit;
+  return c->limit == MV_INSN_MAX ? MV_DECODE_TOO_LONG : MV_DECODE_SHORT;
+}
+
+static enum mv_decode_status undefined(struct mv_insn *out, const struct cursor *c) {
+  out->cls = MV_CLASS_UD;
+  out->len = c->pos;
+  return MV_DECODE_UD;
+}
+
+static void set_segment(struct mv_insn *out, uint8_t byte) {
+  if (byte == 0x64 || byte == 0x65)
+    out->segment = byte == 0x64 ? MV_SEG_FS : MV_SEG_GS;
+  else if (out->mode != MV_MODE_64)
+    out->segment = byte >> 3 & 3; /* 26, 2E, 36, 3E: ES, CS, SS, DS */
+}
+
+/* Legacy prefixes and REX, SDM 2A 2.1.1, 2.2.1. Leaves the cursor at the
+ * opcode. A REX that another prefix follows is ignored; of F2 and F3 the last
+ * one counts. */
+static bool read_prefixes(struct mv_insn *out, struct cursor *c) {
+  for (;;) {
+    if (!have(c, 1))
+      return false;
+    uint8_t byte = c->bytes[c->pos];
+    enum prefix kind = prefixes[byte];
+    if (kind == NONE || (kind == REX && out->mode != MV_MODE_64))
+      return true;
+    c->pos++;
+    if (kind == REX) {
+      out->rex = byte;
+      continue;
+    }
+    out->rex = 0;
+    switch (kind) {
+    case SEG:
+      set_segment(out, byte);
+      break;
+    case OPSIZE:
+      out->opsize = true;
+      break;
+    case ADDRSIZE:
+      out->addrsize = true;
+      break;
+    case LOCK:
+      out->lock = true;
+      break;
+    default:
+      out->rep = kind == REP;
+      out->repne = kind == REPNE;
+    }
+  }
+}
+
+/* VEX, SDM 2A 2.3.5; the cursor is behind C4 or C5. */
+static bool read_vex(struct mv_insn *out, struct cursor *c, bool three) {
+  if (!have(c, three ? 3 : 2))
+    return false;
+  uint8_t b1 = c->bytes[c->pos++];
+  uint8_t b2 = three ? c->bytes[c->pos++] : b1;
+  out->enc = MV_ENC_VEX;
+  out->map = three ? b1 & 31 : 1;
+  out->vex_w = three ? b2 >> 7 : 0;
+  out->vex_l = b2 >> 2 & 1;
+  out->vex_pp = b2 & 3;
+  c->vvvv = ~b2 >> 3 & 15;
+  c->rex_r = ~b1 >> 7 & 1;
+  c->rex_x = three ? ~b1 >> 6 & 1 : 0;
+  c->rex_b = three ? ~b1 >> 5 & 1 : 0;
+  c->rex_w = out->vex_w;
+  c->pp = out->vex_pp;
+  out->opcode_off = c->pos;
+  out->opcode = c->bytes[c->pos++];
+  return true;
+}
+
+/* Legacy opcode in one of the four maps. */
+static bool read_opcode(struct mv_insn *out, struct cursor *c, uint8_t byte) {
+  if (byte == 0x0f) {
+    if (!have(c, 1))
+      return false;
+    byte = c->bytes[c->pos++];
+    out->map = 1;
+    if (byte == 0x38 || byte == 0x3a) {
+      if (!have(c, 1))
+        return false;
+      out->map = byte == 0x38 ? 2 : 3;
+      byte = c->bytes[c->pos++];
+    }
+  }
+  out->opcode_off = c->pos - 1;
+  out->opcode = byte;
+  c->rex_r = out->rex >> 2 & 1;
+  c->rex_x = out->rex >> 1 & 1;
+  c->rex_b = out->rex & 1;
+  c->rex_w = out->rex >> 3 & 1;
+  c->pp = out->rep ? PF3 : out->repne ? PF2 : out->opsize ? P66 : NP;
+  return true;
+}
+
+/* Slot of the opcode, or 0 with *known false: no such map. */
+static unsigned first_slot(const struct mv_insn *out, const struct cursor *c) {
+  if (out->enc == MV_ENC_LEGACY && out->map == 0)
+    return SLOT_M0 + out->opcode;
+  unsigned base = out->enc == MV_ENC_LEGACY ? SLOT_LEGACY : SLOT_VEX;
+  return base + (out->map - 1) * 1024 + out->opcode * 4 + c->pp;
+}
+
+static bool read_modrm(struct mv_insn *out, struct cursor *c) {
+  if (!have(c, 1))
+    return false;
+  out->modrm_off = c->pos;
+  out->modrm = c->bytes[c->pos++];
+  c->modrm_read = true;
+  return true;
+}
+
+/* Follows groups to the row's number (0: undefined). False: out of bytes. */
+static bool find_row(struct mv_insn *out, struct cursor *c, unsigned *row) {
+  unsigned entry = mv_index[first_slot(out, c)];
+  while (entry >> SPLIT_SHIFT) {
+    enum mv_split kind = entry >> SPLIT_SHIFT;
+    unsigned slot = SLOT_GROUPS + (entry & SPLIT_MASK);
+    if (kind <= SPLIT_RM && !c->modrm_read && !read_modrm(out, c))
+      return false;
+    switch (kind) {
+    case SPLIT_REG:
+      slot += out->modrm >> 3 & 7;
+      break;
+    case SPLIT_MOD:
+      slot += out->modrm >> 6 == 3;
+      break;
+    case SPLIT_RM:
+      slot += out->modrm & 7;
+      break;
+    case SPLIT_W:
+      slot += c->rex_w;
+      break;
+    case SPLIT_MODE:
+      slot += out->mode != MV_MODE_64;
+      break;
+    default: /* 90: NOP, PAUSE, XCHG r8, rAX */
+      slot += c->rex_b ? 2 : out->rep;
+    }
+    entry = mv_index[slot];
+  }
+  *row = entry;
+  return true;
+}
+
+static int64_t read_signed(const uint8_t *p, unsigned len) {
+  int8_t b;
+  int16_t w;
+  int32_t d;
+  int64_t q;
+  switch (len) {
+  case 1:
+    return memcpy(&b, p, 1), b;
+  case 2:
+    return memcpy(&w, p, 2), w;
+  case 4:
+    return memcpy(&d, p, 4), d;
+  default:
+    return memcpy(&q, p, 8), q;
+  }
+}
+
+static bool read_disp(struct mv_insn *out, struct cursor *c, unsigned len) {
+  if (!have(c, len))
+    return false;
+  out->disp_off = c->pos;
+  out->disp_len = len;
+  out->disp = read_signed(c->bytes + c->pos, len);
+  c->pos += len;
+  return true;
+}
+
+/* 16-bit addressing, SDM 2A table 2-1. */
+static bool read_memory16(struct mv_insn *out, struct cursor *c) {
+  static const uint8_t bases[8] = {3, 3, 5, 5, 6, 7, 5, 3};
+  static const uint8_t indexes[4] = {6, 7, 6, 7};
+  unsigned mod = out->modrm >> 6, rm = out->modrm & 7;
+  if (mod == 0 && rm == 6)
+    return read_disp(out, c, 2);
+  out->base = bases[rm];
+  if (rm < 4)
+    out->index = indexes[rm];
+  return mod == 0 || read_disp(out, c, mod);
+}
+
+/* 32- and 64-bit addressing, SDM 2A tables 2-2, 2-3, 2-5, 2-7. */
+static bool read_memory(struct mv_insn *out, struct cursor *c, bool vsib) {
+  unsigned mod = out->modrm >> 6, rm = out->modrm & 7, base = rm;
+  if (rm == 4) {
+    if (!have(c, 1))
+      return false;
+    out->sib_off = c->pos;
+    uint8_t sib = c->bytes[c->pos++];
+    unsigned index = (sib >> 3 & 7) | c->rex_x << 3;
+    base = sib & 7;
+    if (index != 4 || vsib) {
+      out->index = index;
+      out->scale = 1u << (sib >> 6);
+    }
+  }
+  if (mod == 0 && base == 5) {
+    if (rm == 5 && out->mode == MV_MODE_64)
+      out->base = MV_REG_RIP;
+    return read_disp(out, c, 4);
+  }
+  out->base = base | c->rex_b << 3;
+  return mod == 0 || read_disp(out, c, mod == 1 ? 1 : 4);
+}
+
+/* Operand and address size, SDM 1 3.6, SDM 2A 2.2.1.2, 2.2.1.7. */
+static unsigned operand_size(const struct mv_insn *out, const struct cursor *c, uint64_t attr) {
+  if (attr & A_BYTE)
+    return 1;
+  if (out->mode != MV_MODE_64) {
+    if (attr & (A_CR | A_DR))
+      return 4;
+    if (out->enc != MV_ENC_LEGACY)
+      return c->rex_w && !(attr & A_GPR) ? 8 : 4;
+    return out->opsize == (out->mode == MV_MODE_32) ? 2 : 4;
+  }
+  if (attr & A_F64)
+    return 8;
+  if (c->rex_w)
+    return attr & A_MAX4 ? 4 : 8;
+  if (out->opsize)
+    return 2;
+  return attr & A_D64 ? 8 : 4;
+}
+
+static unsigned address_size(const struct mv_insn *out) {
+  if (out->mode == MV_MODE_64)
+    return out->addrsize ? 4 : 8;
+  return out->addrsize == (out->mode == MV_MODE_32) ? 2 : 4;
+}
+
+/* Places a general register of the given number. */
+static void place_gpr(struct mv_insn *out, struct mv_gpr_ref *ref, unsigned reg, unsigned operand,
+                      unsigned size) {
+  ref->access = OPND_ACCESS(operand);
+  ref->size = size;
+  if (size == 1 && !out->rex && out->enc == MV_ENC_LEGACY && reg >= 4 && reg < 8) {
+    ref->high8 = true;
+    reg -= 4;
+  }
+  ref->reg = reg;
+  unsigned bit = 1u << reg;
+  if (ref->access & MV_ACC_R)
+    out->gpr_read |= bit;
+  if (ref->access & MV_ACC_W) {
+    out->gpr_written |= bit;
+    if (size < 4)
+      out->gpr_read |= bit; /* the rest is kept */
+  }
+}
+
+static void place_memory(struct mv_insn *out, const struct mv_row *row, unsigned operand,
+                         unsigned size) {
+  out->has_mem = true;
+  out->mem_access = OPND_ACCESS(operand);
+  out->mem_size = size;
+  if (row->attr & A_ALIGN)
+    out->mem_align = size;
+  else if (row->attr & A_AL16)
+    out->mem_align = 16;
+  else if (row->attr & A_AL64)
+    out->mem_align = 64;
+  else if (out->enc == MV_ENC_LEGACY && size == 16 && OPND_CLASS(operand) == RC_XMM &&
+           !(row->attr & A_UNAL))
+    out->mem_align = 16;
+}
+
+/* Immediate bytes; the first go to imm, the next to imm2. */
+static bool read_imm(struct mv_insn *out, struct cursor *c, unsigned len, bool is_signed) {
+  if (!have(c, len))
+    return false;
+  int64_t v = read_signed(c->bytes + c->pos, len);
+  if (!is_signed && len < 8)
+    v &= (INT64_C(1) << len * 8) - 1;
+  if (out->imm_off) {
+    out->imm2 = v;
+  } else {
+    out->imm_off = c->pos;
+    out->imm = v;
+  }
+  out->imm_len += len;
+  c->pos += len;
+  return true;
+}
+
+/* Register size of an operand whose memory size differs. */
+static unsigned register_size(const struct mv_insn *out, unsigned rule, unsigned size) {
+  if (rule == SZ_v_w)
+    return out->op_size;
+  return rule >= SZ_d_b ? 4 : size;
+}
+
+/* One operand of the row. */
+static enum mv_decode_status read_operand(struct mv_insn *out, struct cursor *c,
+                                          const struct mv_row *row, unsigned operand,
+                                          unsigned size_log2, unsigned length) {
+  unsigned rule = OPND_SIZE(operand);
+  unsigned size = size_table[rule][size_log2][length];
+  bool gpr = OPND_CLASS(operand) == RC_GPR;
+  bool ok = true;
+  switch ((enum mv_place)OPND_PLACE(operand)) {
+  case PL_E:
+  case PL_M:
+  case PL_U:
+    if (out->modrm >> 6 != 3 && !(row->attr & A_NOMOD)) {
+      if (OPND_PLACE(operand) == PL_U)
+        return MV_DECODE_UD;
+      place_memory(out, row, operand, size);
+    } else {
+      if (OPND_PLACE(operand) == PL_M)
+        return MV_DECODE_UD;
+      if (gpr)
+        place_gpr(out, &out->rm, (out->modrm & 7) | c->rex_b << 3, operand,
+                  register_size(out, rule, size));
+    }
+    break;
+  case PL_G:
+    if (gpr)
+      place_gpr(out, &out->reg, (out->modrm >> 3 & 7) | c->rex_r << 3, operand, size);
+    break;
+  case PL_B:
+    if (gpr)
+      place_gpr(out, &out->vvvv, c->vvvv, operand, size);
+    c->vvvv = 0; /* used: see check_vex() */
+    break;
+  case PL_Z:
+    place_gpr(out, &out->opreg, (out->opcode & 7) | c->rex_b << 3, operand, size);
+    break;
+  case PL_I:
+  case PL_J:
+    ok = read_imm(out, c, size, true);
+    break;
+  case PL_UI:
+  case PL_L:
+    ok = read_imm(out, c, OPND_PLACE(operand) == PL_L ? 1 : size, false);
+    break;
+  case PL_O:
+    place_memory(out, row, operand, size);
+    ok = read_disp(out, c, out->addr_size);
+    break;
+  case PL_A:
+    ok = read_imm(out, c, size - 2, false) && read_imm(out, c, 2, false);
+    break;
+  case PL_NONE:
+    break;
+  }
+  return ok ? MV_DECODE_OK : MV_DECODE_SHORT;
+}
+
+/* The row's demands on VEX.W, L and vvvv, SDM 2A 2.3. */
+static bool check_vex(const struct mv_insn *out, const struct cursor *c, uint64_t attr) {
+  if ((attr & A_W0 && out->vex_w) || (attr & A_W1 && !out->vex_w))
+    return false;
+  if ((attr & A_L0 && out->vex_l) || (attr & A_L1 && !out->vex_l))
+    return false;
+  if (c->vvvv)
+    return false;                  /* no operand took it */
+  if (out->cls == MV_CLASS_VSIB) { /* destination, index and mask differ */
+    unsigned dst = (out->modrm >> 3 & 7) | c->rex_r << 3;
+    unsigned mask = ~c->bytes[out->opcode_off - 1] >> 3 & 15;
+    return out->sib_off && dst != out->index && dst != mask && mask != out->index;
+  }
+  return true;
+}
+
+/* Demands on ModRM.reg, on the mode and on LOCK. */
+static bool check_legacy(const struct mv_insn *out, const struct cursor *c, uint64_t attr) {
+  unsigned reg = out->modrm >> 3 & 7;
+  if (attr & (out->mode == MV_MODE_64 ? A_I64 : A_O64))
+    return false;
+  if (attr & A_SEG && (reg > 5 || (reg == 1 && attr & A_NOCS)))
+    return false;
+  if (attr & A_CR && !(1u << (reg | c->rex_r << 3) & 0x11d)) /* 0, 2, 3, 4, 8 */
+    return false;
+  if (attr & A_DR && c->rex_r)
+    return false;
+  return !out->lock || (attr & A_LOCK && out->has_mem);
+}
+
+/* Flags and implicit registers. */
+static void set_effects(struct mv_insn *out, const struct mv_row *row) {
+  out->flags_read = row->flags_read;
+  out->flags_killed = row->flags_killed;
+  out->flags_written = row->flags_written;
+  if (row->attr & A_CC) {
+    out->cc = out->opcode & 15;
+    out->flags_read |= cc_flags[out->cc >> 1];
+  }
+  if (row->attr & A_SHIFT) {
+    if (out->imm & (out->op_size == 8 ? 63 : 31))
+      out->flags_killed = row->flags_written;
+    else
+      out->flags_written = 0;
+  }
+  out->gpr_read |= row->gpr_read;
+  out->gpr_written |= row->gpr_written;
+  if (out->op_size < 4)
+    out->gpr_read |= row->gpr_written; /* the rest is kept */
+  if (row->attr & A_STRING && (out->rep || out->repne)) {
+    out->flags_killed = 0; /* RCX may be 0 */
+    out->gpr_read |= 1u << 1 | row->gpr_written;
+    out->gpr_written |= 1u << 1;
+  }
+  if (out->base < 16)
+    out->gpr_read |= 1u << out->base;
+  if (out->index < 16 && row->cls != MV_CLASS_VSIB)
+    out->gpr_read |= 1u << out->index;
+}
+
+static uint8_t unit_of(const struct mv_insn *out, const struct mv_row *row) {
+  return out->enc == MV_ENC_VEX && row->unit == MV_UNIT_SSE ? MV_UNIT_AVX : row->unit;
+}
+
+/* Everything behind the opcode, as the row says. */
+static enum mv_decode_status read_row(struct mv_insn *out, struct cursor *c,
+                                      const struct mv_row *row) {
+  out->cls = row->cls;
+  out->op = row->op;
+  out->unit = unit_of(out, row);
+  out->feature = row->feature[out->vex_l & 1];
+  out->op_size = operand_size(out, c, row->attr);
+  if (row->attr & A_MODRM && !c->modrm_read && !read_modrm(out, c))
+    return stopped(out, c);
+  if (c->modrm_read && out->modrm >> 6 != 3 && !(row->attr & A_NOMOD)) {
+    bool ok = out->addr_size == 2 ? read_memory16(out, c)
+                                  : read_memory(out, c, row->cls == MV_CLASS_VSIB);
+    if (!ok)
+      return stopped(out, c);
+  }
+  unsigned size_log2 = __builtin_ctz(out->op_size);
+  for (unsigned i = 0; i < 4 && row->operand[i]; i++) {
+    enum mv_decode_status s = read_operand(out, c, row, row->operand[i], size_log2, out->vex_l);
+    if (s == MV_DECODE_SHORT)
+      return stopped(out, c);
+    if (s != MV_DECODE_OK)
+      return undefined(out, c);
+  }
+  out->len = c->pos;
+  if (!check_legacy(out, c, row->attr) || (out->enc == MV_ENC_VEX && !check_vex(out, c, row->attr)))
+    return undefined(out, c);
+  set_effects(out, row);
+  return MV_DECODE_OK;
+}
+
+/* Is the byte at the cursor a VEX prefix? Outside 64-bit mode C4 and C5 are LES
+ * and LDS unless a register form follows. */
+static bool is_vex(const struct mv_insn *out, const struct cursor *c, uint8_t byte) {
+  return (byte == 0xc4 || byte == 0xc5) &&
+         (out->mode == MV_MODE_64 || (have(c, 1) && c->bytes[c->pos] >= 0xc0));
+}
+
+static void begin(struct mv_insn *out, int mode) {
+  memset(out, 0, sizeof(*out));
+  out->mode = mode;
+  out->segment = MV_REG_NONE;
+  out->reg.reg = out->rm.reg = out->vvvv.reg = out->opreg.reg = MV_REG_NONE;
+  out->base = out->index = MV_REG_NONE;
+  out->scale = 1;
+}
+
+enum mv_decode_status mv_decode(struct mv_insn *out, const uint8_t *bytes, unsigned avail,
+                                int mode) {
+  struct cursor c = {.bytes = bytes, .limit = avail < MV_INSN_MAX ? avail : MV_INSN_MAX};
+  begin(out, mode);
+  if (!read_prefixes(out, &c))
+    return stopped(out, &c);
+  out->addr_size = address_size(out);
+  uint8_t byte = bytes[c.pos++];
+  if (is_vex(out, &c, byte)) {
+    if (!read_vex(out, &c, byte == 0xc4))
+      return stopped(out, &c);
+    if (out->rex || out->opsize || out->rep || out->repne || out->lock)
+      return undefined(out, &c);
+    if (out->map < 1 || out->map > 3)
+      return undefined(out, &c);
+  } else if (!read_opcode(out, &c, byte)) {
+    return stopped(out, &c);
+  }
+  unsigned row;
+  if (!find_row(out, &c, &row))
+    return stopped(out, &c);
+  if (!row)
+    return undefined(out, &c);
+  out->row = row;
+  return read_row(out, &c, &mv_rows[row]);
+}
