@@ -51,7 +51,22 @@ class TripleFaultError(GuestError):
 
 
 class GuestGoneError(GuestError):
-    """The guest powered off, rebooted or halted while something was still expected of it."""
+    """The guest ended while something was still expected of it.
+
+    ``status``: the status with which it powered off or restarted in good order, None if it did
+    not.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        console: str = "",
+        report: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, console=console, report=report)
+        self.status = status
 
 
 class CommandError(GuestError):
@@ -68,9 +83,8 @@ class CommandError(GuestError):
         returncode: int,
         stdout: bytes | None = None,
         stderr: bytes | None = None,
-        console: str = "",
     ) -> None:
-        super().__init__(message, console=console)
+        super().__init__(message)
         self.returncode = returncode
         self.stdout = stdout
         self.stderr = stderr
@@ -90,10 +104,17 @@ class VmmKilledError(HostError):
     ``signal`` is the signal's number, or 0.
     """
 
-    def __init__(self, message: str, *, signal: int = 0, console: str = "") -> None:
-        super().__init__(message, console=console)
+    def __init__(
+        self,
+        message: str,
+        *,
+        signal: int = 0,
+        console: str = "",
+        report: Mapping[str, object] | None = None,
+    ) -> None:
+        super().__init__(message, console=console, report=report)
         self.signal = signal
 
 
-class TimeoutError(MicrovmError, builtins.TimeoutError):  # noqa: A001 (namespaced on purpose)
+class TimeoutError(MicrovmError, builtins.TimeoutError):
     """A deadline passed: in boot, or while a command ran. The guest has been ended."""

@@ -104,8 +104,8 @@ class Vmm:
 
         Bytes read from descriptor ``source`` go to the guest, end of file too; the guest's bytes
         go to ``sink``; or ``both`` is a socket for both ways. The VMM has its own copies; its copy
-        of ``done`` is closed when the stream is over and everything has been written to ``sink``. A stream that
-        cannot be opened ends in the same way.
+        of ``done`` is closed when the stream is over and everything has been written to ``sink``.
+        A stream that cannot be opened ends in the same way.
         """
         have = [
             (bit, fd)

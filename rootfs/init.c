@@ -141,6 +141,6 @@ int main(int argc, char **argv) {
     return 125;
   }
   mv_event_enable();
-  mv_event_send(MV_EVENT_INIT, 0);
+  mv_event_send(MV_EVENT_INIT, (uint32_t)(mv_agent_now() / MV_EVENT_UPTIME_UNIT));
   boot();
 }

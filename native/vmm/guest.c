@@ -84,8 +84,8 @@ static void finish(void *ctx) {
   if (vmm->started)
     mv_vm_stop(&vmm->vm);
   mv_vmm_console_flush(&vmm->console);
-  mv_vmm_console_send(&vmm->console);
   send_stats(vmm);
+  mv_vmm_console_send(&vmm->console);
   if (vmm->started && vmm->end.reason != MV_CTL_R_POWEROFF)
     send_regs(vmm);
   mv_vmm_send(vmm, MV_CTL_EXIT, &vmm->end, sizeof vmm->end, vmm->end_text, strlen(vmm->end_text));

@@ -46,7 +46,7 @@ enum mv_ctl_type {
   /* VMM to front */
   MV_CTL_STARTED = 32,   /* struct mv_ctl_started                            */
   MV_CTL_GUEST = 33,     /* struct mv_ctl_guest: its init tells where it is  */
-  MV_CTL_CONSOLE = 34,   /* bytes, oldest first                              */
+  MV_CTL_CONSOLE = 34,   /* bytes, oldest first; all follow STATS                             */
   MV_CTL_STATS = 35,     /* struct mv_ctl_stats                              */
   MV_CTL_REGS = 36,      /* struct mv_ctl_regs: vCPU 0, before a bad EXIT    */
   MV_CTL_QUERY_END = 37, /* nothing                                          */

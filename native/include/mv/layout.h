@@ -40,7 +40,7 @@
 #define MV_PORT_RESET 0x64     /* i8042: write 0xfe resets the machine    */
 
 /* What the guest's init says on MV_PORT_EVENT (bits 0..7; bits 8..31 are a
- * value, used by POWEROFF as the exit status). */
+ * value: POWEROFF's is the exit status, INIT's the age of the kernel's clock). */
 enum mv_guest_event {
   MV_EVENT_INIT = 1,    /* first instruction of PID 1                     */
   MV_EVENT_AGENT = 2,   /* agent listens on vsock                         */
@@ -48,6 +48,7 @@ enum mv_guest_event {
   MV_EVENT_POWEROFF = 4,
   MV_EVENT_REBOOT = 5,
 };
+#define MV_EVENT_UPTIME_UNIT 10000 /* ns, of INIT's value                    */
 
 /* ---- vsock ------------------------------------------------------------ */
 #define MV_VSOCK_HOST_CID 2

@@ -1,0 +1,139 @@
+"""From a configuration to everything that the VMM is told, before there is a VMM.
+
+All that can be wrong with files and options is found here: a plan that exists can be started.
+"""
+
+from __future__ import annotations
+
+import os
+
+from microvm import control
+from microvm._record import Record
+from microvm.boot.image import build_boot_image
+from microvm.boot.kernel import load_kernel
+from microvm.errors import ConfigError, HostError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from microvm.boot.image import BootImage
+    from microvm.boot.kernel import Kernel
+    from microvm.config import MachineConfig
+    from microvm.vmm import Vmm
+
+_ACCEL = {"kvm": control.KVM, "dbt": control.DBT}
+
+
+class Plan(Record):
+    """A machine, decided down to the last byte. ``why`` says why ``accel`` was chosen."""
+
+    config: MachineConfig
+    accel: str
+    why: str
+    kernel: Kernel
+    initrds: tuple[str, ...]
+    image: BootImage
+
+    def describe(self) -> str:
+        """The plan in a few lines, for ``--dry-run``."""
+        config = self.config
+        lines = [
+            ("accel", f"{self.accel} ({self.why})"),
+            ("kernel", f"{self.kernel.path} ({self.kernel.version or 'version unknown'})"),
+            *(("initrd", path) for path in self.initrds),
+            *([("root", config.root)] if config.root else []),
+            ("memory", f"{config.memory >> 20} MiB"),
+            ("cpus", str(config.cpus)),
+            ("cmdline", self.image.cmdline),
+        ]
+        return "\n".join(f"{name:<8} {value}" for name, value in lines) + "\n"
+
+
+def make_plan(config: MachineConfig) -> Plan:
+    """Finds the kernel, the initramfs and the backend. Raises ``ConfigError``, ``HostError``."""
+    from microvm.accel import choose
+    from microvm.images.kernels import find_kernel
+
+    accel, why = choose(config.accel)
+    kernel = load_kernel(find_kernel(config.kernel))
+    initrds = _initrds(config, kernel)
+    extra = [_root_words(config)] if config.root else []
+    image = build_boot_image(
+        kernel,
+        memory=config.memory,
+        cpus=config.cpus,
+        virtio=_virtio_count(config),
+        initrds=initrds,
+        extra=" ".join([*extra, config.cmdline]).strip(),
+        verbose=config.console_fd is not None,
+    )
+    return Plan(config=config, accel=accel, why=why, kernel=kernel, initrds=initrds, image=image)
+
+
+def _initrds(config: MachineConfig, kernel: Kernel) -> tuple[str, ...]:
+    if config.initrd is not None:
+        return (config.initrd,)
+    from microvm.images.initramfs import initramfs_for
+
+    return initramfs_for(kernel)
+
+
+def _root_words(config: MachineConfig) -> str:
+    return f"microvm.root=/dev/vda microvm.rootmode={'ro' if config.root_readonly else 'rw'}"
+
+
+def _virtio_count(config: MachineConfig) -> int:
+    return 2 + (config.root is not None)
+
+
+def send_plan(plan: Plan, vmm: Vmm) -> None:
+    """Tells the VMM all of it, START included. Raises ``ConfigError``, ``HostError``."""
+    config, image = plan.config, plan.image
+    flags = control.COUNT if config.count else 0
+    vmm.send(control.options(_ACCEL[plan.accel], config.cpus, flags))
+    for gpa, size in image.ram:
+        vmm.send(control.ram(gpa, size))
+    for gpa, content in image.data:
+        for packet in control.data(gpa, content):
+            vmm.send(packet)
+    _send_files(image, vmm)
+    _send_devices(config, vmm)
+    vmm.send(control.entry(image.rip, image.rsi, image.rsp, image.cr3, image.gdt))
+    vmm.send(control.start())
+
+
+def _send_files(image: BootImage, vmm: Vmm) -> None:
+    opened: dict[str, int] = {}
+    try:
+        for file in image.files:
+            if file.path not in opened:
+                opened[file.path] = _open(file.path, os.O_RDONLY, "file")
+            packet = control.file(file.gpa, file.offset, file.length, control.MAP)
+            vmm.send(packet, [opened[file.path]])
+    finally:
+        for fd in opened.values():
+            os.close(fd)
+
+
+def _send_devices(config: MachineConfig, vmm: Vmm) -> None:
+    """In the order of their numbers; :func:`_virtio_count` counts them."""
+    console = [] if config.console_fd is None else [config.console_fd]
+    vmm.send(control.device(control.SERIAL), console)
+    vmm.send(control.device(control.VSOCK))
+    vmm.send(control.device(control.RNG))
+    if config.root is not None:
+        mode = os.O_RDONLY if config.root_readonly else os.O_RDWR
+        fd = _open(config.root, mode, "root image")
+        try:
+            flags = control.READ_ONLY if config.root_readonly else 0
+            vmm.send(control.device(control.BLK, flags), [fd])
+        finally:
+            os.close(fd)
+
+
+def _open(path: str, mode: int, what: str) -> int:
+    try:
+        return os.open(path, mode | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: {what} does not exist") from error
+    except OSError as error:
+        raise HostError(f"{path}: cannot open {what}: {error.strerror}") from error
