@@ -69,6 +69,11 @@ int mv_agent_rewatch(int fd, struct mv_watch *watch) {
   return watch_set(EPOLL_CTL_MOD, fd, watch);
 }
 
+void mv_agent_close(int fd) {
+  epoll_ctl(epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+  close(fd);
+}
+
 void mv_agent_shutdown(const struct mv_shutdown *what) {
   ending = true;
   ending_how = *what;
@@ -97,7 +102,7 @@ static void stranger_event(struct mv_watch *watch, uint32_t events) {
   if (!whole)
     return;
   if (whole < 0 || mv_session_attach(&one->hello, one->fd, true) < 0)
-    close(one->fd);
+    mv_agent_close(one->fd);
   nstrangers--;
   free(one);
 }
@@ -116,7 +121,7 @@ static void stream_accept(int fd) {
     }
   }
   free(later);
-  close(fd);
+  mv_agent_close(fd);
 }
 
 static bool from_host(const struct vsock_address *from) {

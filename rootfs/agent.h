@@ -40,7 +40,8 @@ struct mv_options {
 };
 /* Says "microvm: what: reason" on the console. */
 void mv_console_say(const char *what, const char *subject, int error);
-/* Reads a file of at most size - 1 bytes, ends it with NUL. Length or -errno. */
+/* Reads a file up to size - 1 bytes, by one read: it is in memory, in /proc or on
+ * a local disk. Ends it with NUL. Length or -errno. */
 ssize_t mv_file_read(const char *path, char *buf, size_t size);
 
 /* ---- mount.c ----------------------------------------------------------- */
@@ -60,6 +61,9 @@ struct mv_watch {
 /* Edge-triggered, for input and output: the callee goes on until EAGAIN. */
 int mv_agent_watch(int fd, struct mv_watch *watch);
 int mv_agent_rewatch(int fd, struct mv_watch *watch);
+/* Closes a descriptor that may be watched. close() alone would leave it in the
+ * epoll set for as long as a child that is about to exec or exit has a copy. */
+void mv_agent_close(int fd);
 /* Listens on the agent's vsock port: descriptor or -errno. */
 int mv_agent_listen(void);
 /* Serves sessions on the listening socket until the machine (as PID 1) or the

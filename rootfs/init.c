@@ -40,12 +40,9 @@ ssize_t mv_file_read(const char *path, char *buf, size_t size) {
   int fd = open(path, O_RDONLY | O_CLOEXEC);
   if (fd < 0)
     return -errno;
-  size_t len = 0;
-  ssize_t n;
-  while (len < size - 1 && (n = read(fd, buf + len, size - 1 - len)) > 0)
-    len += n;
+  ssize_t len = read(fd, buf, size - 1);
   close(fd);
-  buf[len] = 0;
+  buf[len > 0 ? len : 0] = 0;
   return len;
 }
 

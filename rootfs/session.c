@@ -12,8 +12,8 @@
  * Everything is non-blocking and edge-triggered: whatever happens, the session
  * is run until nothing more can be done, and yields after a while to others.
  *
- * When the control stream ends, or on HANGUP, the program loses its terminal
- * or pipes and gets SIGHUP, and SIGKILL if it is still there after a moment.
+ * When the control stream ends, or on HANGUP, the program loses its terminal or
+ * stdin and gets SIGHUP, and SIGKILL if it is still there after a moment.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -30,7 +30,7 @@
 
 #include "agent.h"
 
-#define SESSIONS_MAX  256
+#define SESSIONS_MAX  128 /* six descriptors each: within the usual limit of 1024   */
 #define PUMP_SIZE     (128u << 10)
 #define PUMP_ROUNDS   16
 #define PIPE_GROW_AT  (64 << 10) /* a read of this size: the pipe was full  */
@@ -60,7 +60,8 @@ struct session {
   uint32_t id;
   enum phase phase;
   bool pty, exited, told, yielded;
-  uint64_t kill_at; /* 0: nobody to kill                                     */
+  uint32_t early_signal; /* came before the program; 0: none                 */
+  uint64_t kill_at;      /* 0: nobody to kill                                     */
 
   int control;          /* -1: not yet, or gone                              */
   struct mv_frame head; /* the frame that is being received                  */
@@ -95,7 +96,7 @@ static void channel_drop(int fd[CHANNELS], int ch, int how) {
   if (old < 0)
     return;
   if (old != fd[IN] && old != fd[OUT])
-    close(old);
+    mv_agent_close(old);
   else if (how >= 0)
     shutdown(old, how);
 }
@@ -135,7 +136,7 @@ static void data_close(struct session *s) {
 static void session_end(struct session *s) {
   data_close(s);
   if (s->control >= 0)
-    close(s->control);
+    mv_agent_close(s->control);
   free(s->payload);
   free(s->exec);
   s->control = -1;
@@ -176,8 +177,10 @@ static void session_fail(struct session *s, enum mv_stage stage, int error) {
 /* ---- frames from the host ------------------------------------------------ */
 
 /* To the terminal's foreground group, or to the program's own. */
-static void session_signal(struct session *s, int signo) {
+static void session_signal(struct session *s, uint32_t signo) {
   pid_t group = 0;
+  if (s->phase == WAITING)
+    s->early_signal = signo;
   if (!s->pid || s->exited)
     return;
   if (!s->pty || s->near[OUT] < 0 || ioctl(s->near[OUT], TIOCGPGRP, &group) < 0 || group <= 0)
@@ -185,13 +188,18 @@ static void session_signal(struct session *s, int signo) {
   kill(-group, signo);
 }
 
-/* The other side is gone: so are the terminal or the pipes. */
+/* The other side is gone: so are the terminal or stdin. Output pipes stay and
+ * are emptied into nothing, lest SIGPIPE ends a program that is cleaning up. */
 static void session_hangup(struct session *s) {
-  if (s->phase != RUNNING) {
-    session_end(s);
+  if (s->phase == WAITING)
+    session_fail(s, MV_STAGE_RESOURCES, ECANCELED);
+  if (s->phase != RUNNING)
     return;
-  }
-  data_close(s);
+  for (int ch = 0; ch < CHANNELS; ch++)
+    channel_drop(s->stream, ch, -1);
+  channel_drop(s->near, IN, -1);
+  if (s->pty)
+    channel_drop(s->near, OUT, -1);
   if (s->exited || s->kill_at)
     return;
   kill(-s->pid, SIGHUP);
@@ -200,7 +208,7 @@ static void session_hangup(struct session *s) {
 }
 
 static void control_lost(struct session *s) {
-  close(s->control);
+  mv_agent_close(s->control);
   s->control = -1;
   session_hangup(s);
 }
@@ -211,11 +219,18 @@ static void session_resize(struct session *s, const struct mv_winsize *size) {
     ioctl(s->near[OUT], TIOCSWINSZ, &ws);
 }
 
+/* The strings are looked at when the program starts. */
+static bool exec_valid(const struct mv_exec *exec, uint32_t len) {
+  return len >= sizeof(*exec) && !(exec->flags & ~(uint32_t)MV_EXEC_PTY) &&
+         !(exec->channels >> CHANNELS) && exec->argc &&
+         (uint64_t)EXEC_STRINGS + exec->argc + exec->envc <= len;
+}
+
 /* Obeys one whole frame. 0 or -EPROTO. */
 static int frame_obey(struct session *s) {
   uint32_t type = s->head.type, len = s->head.len;
   const void *payload = s->payload;
-  if (type == MV_F_EXEC && s->phase == WAITING && !s->exec && len >= sizeof(struct mv_exec)) {
+  if (type == MV_F_EXEC && s->phase == WAITING && !s->exec && exec_valid(payload, len)) {
     s->exec = (struct mv_exec *)s->payload;
     s->exec_len = len;
     s->payload = NULL;
@@ -352,9 +367,7 @@ static int program_spawn(struct session *s, char **strings, enum mv_stage *stage
 static int session_spawn(struct session *s, enum mv_stage *stage) {
   const struct mv_exec *exec = s->exec;
   *stage = MV_STAGE_PROTOCOL;
-  uint64_t n = (uint64_t)EXEC_STRINGS + exec->argc + exec->envc;
-  if (!exec->argc || n > s->exec_len || exec->flags & ~(uint32_t)MV_EXEC_PTY)
-    return -EINVAL;
+  uint32_t n = EXEC_STRINGS + exec->argc + exec->envc;
   char **strings = malloc((n + MV_ENV_ADDED + 1) * sizeof(*strings));
   if (!strings)
     return -ENOMEM;
@@ -382,6 +395,8 @@ static void session_start(struct session *s) {
   if (s->phase == RUNNING) {
     struct mv_started payload = {s->pid};
     reply_add(s, MV_F_STARTED, &payload, sizeof(payload));
+    if (s->early_signal)
+      session_signal(s, s->early_signal);
     if (error) /* a stream that cannot be watched cannot be served */
       session_hangup(s);
   } else {
@@ -436,7 +451,9 @@ static enum pumped pump_run(struct session *s, int ch) {
         fcntl(ch == IN ? dst : src, F_SETPIPE_SZ, PIPE_SIZE);
       }
     }
-    ssize_t n = write(dst, pump->buf + pump->head, pump->tail - pump->head);
+    ssize_t n = pump->tail - pump->head;
+    if (dst >= 0)
+      n = write(dst, pump->buf + pump->head, n);
     if (n < 0 && errno == EAGAIN)
       return PUMP_BLOCKED;
     if (n < 0) {

@@ -160,10 +160,6 @@ static void env_default(char **env, const char *name, const char *value, char *t
   env[1] = NULL;
 }
 
-static int nonblocking_set(int fd) {
-  return fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-}
-
 static void close_all(int *fd, int n) {
   for (int i = 0; i < n; i++)
     if (fd[i] >= 0 && (!i || fd[i] != fd[i - 1]))
@@ -204,7 +200,7 @@ static int pipes_open(struct mv_spawn *spawn, int far[3]) {
       return -errno;
     spawn->near[i] = fd[i == 0];
     far[i] = fd[i != 0];
-    if (nonblocking_set(spawn->near[i]) < 0)
+    if (fcntl(spawn->near[i], F_SETFL, O_NONBLOCK) < 0)
       return -errno;
   }
   return 0;
