@@ -11,7 +11,7 @@ def cache_dir() -> str:
 
 
 def data_dir() -> str:
-    """``$XDG_DATA_HOME/microvm``: what was fetched or built at the user's wish. It need not exist."""
+    """``$XDG_DATA_HOME/microvm``: what the user asked to keep. It need not exist."""
     return _ours("XDG_DATA_HOME", ".local/share")
 
 
