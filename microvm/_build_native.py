@@ -28,6 +28,7 @@ from cffi import FFI
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "native"
 EXTENSION = "_native_ext.abi3.so"
+_INCLUDES = [f"-I{NATIVE / 'include'}", f"-I{NATIVE}"]
 
 # Header -> the declarations taken from it; None takes all of them. Order is that of #include.
 HEADERS: dict[str, frozenset[str] | None] = {
@@ -47,13 +48,17 @@ HEADERS: dict[str, frozenset[str] | None] = {
     "mv/control.h": None,
     "mv/probe.h": None,
     "mv/testapi.h": None,
+    "mv/silicon.h": None,
+    "mv/features.h": None,
+    "vcpu/dbt/insn.h": None,
+    "vcpu/dbt/insn_row.h": frozenset({"mv_row_count"}),
 }
 
 _LINE_MARKER = re.compile(r'# \d+ "([^"]*)"')
 _DEFINE = re.compile(r"#define (MV_\w+) (.+)")
 # An integer constant expression: literals, operators, other macros and enumerators.
 _INTEGER_EXPR = re.compile(r"[\w\s()<>+\-*/|&~]+")
-_DECLARED = re.compile(r"(?:struct|union|enum)\s+(\w+)\s*\{")
+_DECLARED = re.compile(r"(?:struct|union|enum)\s+(\w+)\s*\{|extern .*?(\w+)(?:\[.*\])?;")
 
 
 def cdef_from_headers() -> str:
@@ -67,12 +72,12 @@ def cdef_from_headers() -> str:
 
 
 def _headers() -> list[str]:
-    return [h for h in HEADERS if not h.startswith("mv/") or (NATIVE / "include" / h).exists()]
+    return [h for h in HEADERS if h != "mv/probe.h" or (NATIVE / "include" / h).exists()]
 
 
 def _preprocess() -> str:
     includes = "".join(f'#include "{h}"\n' for h in _headers())
-    command = [*_compiler(), "-E", "-dD", "-I", str(NATIVE / "include"), "-x", "c", "-"]
+    command = [*_compiler(), "-E", "-dD", *_INCLUDES, "-x", "c", "-"]
     done = subprocess.run(command, input=includes, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"cannot preprocess the native headers:\n{done.stderr}")
@@ -89,7 +94,7 @@ def _declarations(preprocessed: str) -> Iterator[str]:
                 yield f"#define {macro[1]} ..."
         for declaration in _split(re.sub(r"^#.*$", "", text, flags=re.MULTILINE)):
             named = _DECLARED.match(declaration)
-            if wanted is None or (named and named[1] in wanted):
+            if wanted is None or (named and (named[1] or named[2]) in wanted):
                 yield _adapt(declaration)
 
 
@@ -172,7 +177,7 @@ def build_extension(target: Path, *, sanitize: bool = False) -> Path:
     link = [*_compiler(), "-O1", "-g", "-shared", "-fPIC", "-pthread"]
     if sanitize:
         link += ["-fsanitize=address,undefined"]
-    link += [f"-I{sysconfig.get_path('include')}", f"-I{NATIVE / 'include'}"]
+    link += [f"-I{sysconfig.get_path('include')}", *_INCLUDES]
     link += ["-o", str(partial), str(source), str(build / "libmv.a")]
     _run(link)
     partial.replace(target)
