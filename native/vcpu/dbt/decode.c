@@ -162,6 +162,10 @@ static bool read_vex(struct mv_insn *out, struct cursor *c, bool three) {
   c->rex_b = three ? ~b1 >> 5 & 1 : 0;
   c->rex_w = out->vex_w;
   c->pp = out->vex_pp;
+  if (out->mode != MV_MODE_64) { /* eight registers */
+    c->vvvv &= 7;
+    c->rex_r = c->rex_x = c->rex_b = 0;
+  }
   out->opcode_off = c->pos;
   out->opcode = c->bytes[c->pos++];
   return true;
@@ -459,7 +463,7 @@ static bool check_vex(const struct mv_insn *out, const struct cursor *c, uint64_
     return false;                  /* no operand took it */
   if (out->cls == MV_CLASS_VSIB) { /* destination, index and mask differ */
     unsigned dst = (out->modrm >> 3 & 7) | c->rex_r << 3;
-    unsigned mask = ~c->bytes[out->opcode_off - 1] >> 3 & 15;
+    unsigned mask = ~c->bytes[out->opcode_off - 1] >> 3 & (out->mode == MV_MODE_64 ? 15 : 7);
     return out->sib_off && dst != out->index && dst != mask && mask != out->index;
   }
   return true;
@@ -479,6 +483,17 @@ static bool check_legacy(const struct mv_insn *out, const struct cursor *c, uint
   return !out->lock || (attr & A_LOCK && out->has_mem);
 }
 
+/* A shift by an immediate leaves the flags alone if the masked count is 0; RCL
+ * and RCR of 8 and 16 bits (the ones that read CF) count modulo 9 and 17 besides. */
+static void set_shift_flags(struct mv_insn *out, const struct mv_row *row) {
+  unsigned count = out->imm & (out->op_size == 8 ? 63 : 31);
+  if (row->flags_read && out->op_size <= 2)
+    count %= 8 * out->op_size + 1;
+  out->flags_killed = out->flags_written = count ? row->flags_written : 0;
+  if (!count)
+    out->flags_read = 0;
+}
+
 /* Flags and implicit registers. */
 static void set_effects(struct mv_insn *out, const struct mv_row *row) {
   out->flags_read = row->flags_read;
@@ -488,12 +503,8 @@ static void set_effects(struct mv_insn *out, const struct mv_row *row) {
     out->cc = out->opcode & 15;
     out->flags_read |= cc_flags[out->cc >> 1];
   }
-  if (row->attr & A_SHIFT) {
-    if (out->imm & (out->op_size == 8 ? 63 : 31))
-      out->flags_killed = row->flags_written;
-    else
-      out->flags_written = 0;
-  }
+  if (row->attr & A_SHIFT)
+    set_shift_flags(out, row);
   out->gpr_read |= row->gpr_read;
   out->gpr_written |= row->gpr_written;
   if (out->op_size < 4)
@@ -520,6 +531,7 @@ static enum mv_decode_status read_row(struct mv_insn *out, struct cursor *c,
   out->op = row->op;
   out->unit = unit_of(out, row);
   out->feature = row->feature[out->vex_l & 1];
+  out->feature2 = out->unit == MV_UNIT_AVX ? MV_FEAT_AVX : MV_FEAT_BASE;
   out->op_size = operand_size(out, c, row->attr);
   if (row->attr & A_MODRM && !c->modrm_read && !read_modrm(out, c))
     return stopped(out, c);

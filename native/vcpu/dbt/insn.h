@@ -105,7 +105,8 @@ struct mv_insn {
   uint8_t mode;
 
   /* prefixes */
-  bool opsize, addrsize, lock, rep, repne; /* 66, 67, F0, F3, F2 present      */
+  bool opsize, addrsize, lock, rep, repne; /* 66, 67, F0, F3, F2 present; of F3
+                                              and F2 the last alone          */
   uint8_t segment;                         /* override: MV_SEG_*, or MV_REG_NONE.
                                               In 64-bit mode only FS and GS.  */
   uint8_t rex;                             /* the REX byte, or 0             */
@@ -145,7 +146,7 @@ struct mv_insn {
    * (undefined counts); possibly written.                                   */
   uint16_t flags_read, flags_killed, flags_written;
   uint8_t feature;  /* enum mv_feature: the CPUID bit that offers it          */
-  uint8_t feature2; /* also needed (AVX512VL), or MV_FEAT_BASE                */
+  uint8_t feature2; /* also needed (AVX, AVX512VL), or MV_FEAT_BASE           */
   uint8_t unit;     /* MV_UNIT_*                                             */
   uint16_t row;     /* index into the table, for names and tests             */
 };

@@ -159,6 +159,7 @@ enum {
 #define A_INT                 (1ull << 60) /* unit INT in spite of its feature             */
 #define A_FWAIT               (1ull << 61)
 #define A_MMX                 (1ull << 62) /* unit MMX without an operand that says so     */
+#define A_X87                 (1ull << 63) /* unit X87 in spite of its feature             */
 #define HAS1(o, rc)           ((o) != 0 && OPND_CLASS(o) == RC_##rc)
 #define HAS(rc, a, b, c, d)   (HAS1(a, rc) || HAS1(b, rc) || HAS1(c, rc) || HAS1(d, rc))
 #define MODRM1(o)             (OPND_PLACE(o) >= PL_E && OPND_PLACE(o) <= PL_G)
@@ -172,6 +173,7 @@ enum {
                                               : MV_UNIT_INT)
 #define ROW_UNIT(f, attr, a, b, c, d)                                                              \
   ((attr)&A_INT                                    ? MV_UNIT_INT                                   \
+   : (attr)&A_X87                                  ? MV_UNIT_X87                                   \
    : (attr)&A_FWAIT                                ? MV_UNIT_FWAIT                                 \
    : HAS(K, a, b, c, d)                            ? MV_UNIT_AVX512                                \
    : HAS(XMM, a, b, c, d) || HAS(VSIB, a, b, c, d) ? MV_UNIT_SSE                                   \
