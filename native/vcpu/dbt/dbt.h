@@ -83,7 +83,6 @@ enum mv_tramp {
   MV_TRAMP_INSN,     /* let C execute the instruction: arg is the site       */
   MV_TRAMP_RAISE,    /* the instruction raises: arg is vector << 24 | site   */
   MV_TRAMP_BOUNCE_IN, MV_TRAMP_BOUNCE_OUT, /* see exec.c, "bounce"           */
-  MV_TRAMP_STEP,     /* end of a single-instruction block: arg is the block  */
   MV_TRAMP_COUNT
 };
 
