@@ -4,6 +4,7 @@
  *   init.c     boots: events, mounts, modules, host name, then the agent
  *   mount.c    file systems, root switch
  *   modules.c  loads the listed kernel modules
+ *   applets.c  busybox's names
  *   agent.c    epoll loop, new streams, signals, timers
  *   session.c  one session: frames in and out, bytes between streams and program
  *   spawn.c    starts the program: terminal or pipes, user, directory, exec
@@ -53,6 +54,9 @@ void mv_mount_rest(const struct mv_options *options);
 /* Loads what /lib/microvm/modules.list names; parameters are on its lines and
  * on the command line. */
 void mv_modules_load(const char *cmdline);
+
+/* ---- applets.c ----------------------------------------------------------- */
+void mv_applets_link(void);
 
 /* ---- agent.c ----------------------------------------------------------- */
 struct mv_watch {

@@ -105,6 +105,8 @@ static _Noreturn void boot(void) {
   if (error)
     boot_fail("cannot mount root", options.root ? options.root : "devtmpfs", error);
   mv_mount_rest(&options);
+  if (!options.root)
+    mv_applets_link();
   umask(022);
   sethostname(options.hostname, strlen(options.hostname));
   loopback_up();
