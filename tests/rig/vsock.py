@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar
 
-from tests.rig import Buf, Driver, Rig
+from tests.rig import Buf, Rig
 
 HOST, GUEST = 2, 3
 RX, TX, EVENT = range(3)
