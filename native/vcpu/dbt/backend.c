@@ -160,8 +160,18 @@ static void kick(struct mv_vcpu *vcpu) {
 
 static int get_state(struct mv_vcpu *vcpu, struct mv_vcpu_state *out) {
   struct mv_dbt *d = vcpu->impl;
+  __builtin_memset(out, 0, sizeof *out);
   mv_dbt_fpu_save(d);
+  __builtin_memcpy(out->xsave, d->exec->fpu, d->exec->fpu_size);
   return mv_system_get_state(d, out);
+}
+
+/* Takes an XSAVE image in; what XRSTOR would fault on is cleared (SDM 1 §13.8.1). */
+static void set_fpu(struct mv_dbt_exec *x, const uint8_t *image) {
+  __builtin_memcpy(x->fpu, image, x->fpu_size);
+  *(uint32_t *)(x->fpu + 24) &= 0xffff;                /* MXCSR               */
+  *(uint64_t *)(x->fpu + 512) &= x->fpu_mask;          /* XSTATE_BV           */
+  __builtin_memset(x->fpu + 520, 0, 56); /* the header's rest: standard format */
 }
 
 static int set_state(struct mv_vcpu *vcpu, const struct mv_vcpu_state *in) {
@@ -170,6 +180,7 @@ static int set_state(struct mv_vcpu *vcpu, const struct mv_vcpu_state *in) {
   int r = mv_system_set_state(d, in);
   if (r)
     return r;
+  set_fpu(d->exec, in->xsave);
   mv_mmu_flush_all(d);
   mv_mmu_mode_changed(d);
   mv_dbt_poke(d);
