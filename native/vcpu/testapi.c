@@ -64,7 +64,6 @@ static void mmio_write(void *dev, uint64_t off, uint64_t value, unsigned len) {
 static const struct mv_io_ops port_ops = {port_read, port_write};
 static const struct mv_io_ops mmio_ops = {mmio_read, mmio_write};
 
-#pragma weak mv_dbt_ops
 static const struct mv_vcpu_ops *find_backend(const char *name) {
   if (!strcmp(name, mv_kvm_ops.name))
     return &mv_kvm_ops;
