@@ -124,6 +124,7 @@ struct mv_dbt_exec {
 
   /* exec.c's */
   struct mv_exit_info *exit;
+  bool irq_waits;      /* for IF: an interrupt came while it was clear         */
   bool stepping;       /* a MV_VAR_STEP block runs                               */
   bool step_trap;      /* with TF: #DB follows                                   */
   bool next_single;    /* the next block translated checks each access           */

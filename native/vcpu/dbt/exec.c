@@ -74,10 +74,12 @@ static int attend(struct mv_dbt *d) {
   mv_dma_apply(d);
   if (mv_system_irq_ready(d))
     return mv_system_take_irq(d);
-  if (!(d->eflags & MV_FL_IF) || d->irq_shadow) /* look again when IF changes  */
-    atomic_store(&x->poked, 1);
+  x->irq_waits = !(d->eflags & MV_FL_IF);
   return 0;
 }
+
+/* An interrupt was found while IF was clear, and IF is set now. */
+static bool irq_let_in(struct mv_dbt *d) { return d->exec->irq_waits && d->eflags & MV_FL_IF; }
 
 /* The code for d->rip as things are now: interrupts, single steps, faults. */
 static const void *dispatch(struct mv_dbt *d) {
@@ -88,6 +90,8 @@ static const void *dispatch(struct mv_dbt *d) {
       d->irq_shadow = false;
     if (must_leave(d))
       return leave(d);
+    if (irq_let_in(d))
+      atomic_store(&x->poked, 1);
     if (!d->irq_shadow && attend(d))
       return shutdown(d);
     if (x->mode & MV_MODE_NOT64) {
@@ -187,7 +191,8 @@ const void *mv_slow_mem(struct mv_dbt *d, uint32_t site) {
   bool user = d->cpl == 3, shared = s->flags & MV_SITE_COALESCED;
   struct mv_walk w;
   site_rip(d, s);
-  if ((gva & 0xfff) + s->size > 0x1000 || d->vm->dbt.no_tlb)
+  if ((gva & 0xfff) + s->size > 0x1000 || (s->align && gva & (s->align - 1u)) ||
+      d->vm->dbt.no_tlb)
     goto exact;
   if (mv_mmu_walk(d, gva, s->access, user, &w)) {
     if (shared)
@@ -286,7 +291,8 @@ const void *mv_slow_insn(struct mv_dbt *d, uint32_t site) {
   if (x->stepping)
     return step_done(d);
   if (d->rip == next && epoch == x->epoch && !must_leave(d) && !d->irq_shadow &&
-      !(d->eflags & MV_FL_TF) && !atomic_load_explicit(&x->poked, memory_order_relaxed))
+      !(d->eflags & MV_FL_TF) && !irq_let_in(d) &&
+      !atomic_load_explicit(&x->poked, memory_order_relaxed))
     return into(d, restart);
   return dispatch(d);
 }
@@ -310,7 +316,7 @@ static int writable(struct mv_dbt *d, uint64_t gva, unsigned len) {
   if (mv_mmu_translate(d, gva, MV_ACC_W, MV_AS_CPL, &gpa))
     return -1;
   if ((gva & 0xfff) + len > 0x1000)
-    return mv_mmu_translate(d, gva + len - 1, MV_ACC_W, MV_AS_CPL, &gpa);
+    return mv_mmu_translate(d, (gva | 0xfff) + 1, MV_ACC_W, MV_AS_CPL, &gpa);
   return 0;
 }
 
