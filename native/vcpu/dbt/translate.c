@@ -559,6 +559,7 @@ static int32_t emit_access(struct tr *t, unsigned i, unsigned k) {
   s->size = (uint16_t)size;
   s->access = a->run_acc;
   s->flags = size != a->size || a->run_acc != a->acc ? MV_SITE_COALESCED : 0;
+  s->align = in->mem_align;
   struct cold *c = add_cold(t, COLD_MEM, NULL, site);
   c->flags_saved = live;
   if (constant)
@@ -660,6 +661,12 @@ static void emit_legacy(struct mv_emit *e, const struct mv_insn *in, const uint8
     uint8_t p = bytes[i];
     if (p == 0x66 || p == 0xf2 || p == 0xf3 || p == 0xf0)
       e8(e, p);
+  }
+  if (w->mem && !in->modrm_off) { /* MOV AL/rAX, moffs: as MOV r, r/m and back */
+    e8(e, 0x40 | (in->rex & 8) | w->base >> 3);
+    e8(e, 0x88 | ((in->opcode & 3) ^ 2));
+    e_mem(e, MV_RAX, w->base, MV_REG_NONE, 1, w->disp);
+    return;
   }
   unsigned rex = in->rex;
   unsigned reg = map_gpr(w, &in->reg, (rex >> 2 & 1) << 3 | (in->modrm >> 3 & 7));
@@ -811,11 +818,18 @@ static void emit_lea(struct tr *t, unsigned i) {
 
 /* FNSTENV and FNSAVE write where the last x87 instruction was: that is our
  * code's address. The guest reads zeros there (SDM 1 §8.1.10, figure 8-9). */
-static void emit_hide_fip(struct tr *t, int32_t at) {
-  for (int32_t off = 12; off <= 24; off += 4) {
+static void emit_hide_fip(struct tr *t, unsigned i, int32_t at) {
+  bool short_form = t->insn[i].op_size == 2; /* 14 bytes, figure 8-12         */
+  int32_t step = short_form ? 2 : 4;
+  for (int32_t off = 3 * step; off < 7 * step; off += step) {
+    if (short_form)
+      e8(&t->e, 0x66);
     e8(&t->e, 0x41), e8(&t->e, 0xc7);
     e_mem(&t->e, 0, MV_T0, MV_REG_NONE, 1, at + off);
-    e32(&t->e, 0);
+    if (short_form)
+      e8(&t->e, 0), e8(&t->e, 0);
+    else
+      e32(&t->e, off == 24 ? 0xffff0000u : 0); /* reserved bits read as ones  */
   }
 }
 
@@ -1169,7 +1183,7 @@ static void emit_plain(struct tr *t, unsigned i) {
     else
       emit_copy(t, i, true, at);
     if (in->op == MV_OP_FNSTENV || in->op == MV_OP_FNSAVE)
-      emit_hide_fip(t, at);
+      emit_hide_fip(t, i, at);
     emit_access_done(t, i, 0);
   } else {
     emit_copy(t, i, false, 0);
