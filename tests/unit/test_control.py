@@ -56,8 +56,21 @@ def test_control_define_equals_the_header(name: str) -> None:
 
 @pytest.mark.parametrize(
     "struct",
-    ["header", "options", "ram", "data", "file", "device", "entry", "connect", "started", "guest"]
-    + ["stats", "regs", "exit"],
+    [
+        "header",
+        "options",
+        "ram",
+        "data",
+        "file",
+        "device",
+        "entry",
+        "connect",
+        "started",
+        "guest",
+        "stats",
+        "regs",
+        "exit",
+    ],
 )
 def test_control_struct_has_the_layout_of_the_header(header: FFI, struct: str) -> None:
     kind = header.typeof(f"struct mv_ctl_{struct}")
