@@ -10,6 +10,7 @@ import tempfile
 from microvm.errors import ConfigError, HostError
 from microvm.images import cpio
 from microvm.images.skeleton import skeleton
+from microvm.images.strip import strip_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,11 +38,14 @@ def build_base(init: bytes, busybox: bytes) -> bytes:
 
 
 def build_modules(modules: Sequence[tuple[str, bytes]]) -> bytes:
-    """The archive of modules: (file name, content), in the order in which they load."""
+    """The archive of modules: (file name, content), in the order in which they load.
+
+    What the guest does not need of them is left out.
+    """
     listing = "".join(f"{name}\n" for name, _ in modules)
     return cpio.pack(
         [
-            *(cpio.regular(f"{MODULE_DIR}/{name}", content) for name, content in modules),
+            *(cpio.regular(f"{MODULE_DIR}/{name}", strip_module(data)) for name, data in modules),
             cpio.regular(f"{MODULE_DIR}/modules.list", listing.encode()),
         ]
     )

@@ -227,6 +227,8 @@ class _Draft:
         """Chooses base register or displacement so that the memory operand is at `target`."""
         insn, gpr = self.insn, self.gpr
         mask = (1 << 8 * insn.addr_size) - 1
+        if insn.base in (_NONE, _RIP) and target > _DATA + 0x10000 - 1 << 1:
+            target = _DATA + 0x9000
         want = target - insn.disp - (_DATA if insn.segment == lib.MV_SEG_GS else 0)
         if insn.base in (_NONE, _RIP):
             if insn.index != _NONE:
@@ -344,9 +346,8 @@ def _lanes(rng: random.Random, size: int) -> bytes:
 def _xsave(rng: random.Random, xcr0: int) -> bytearray:
     """A legal XSAVE image. SDM 1 §13.4.1, §10.5.1."""
     image = bytearray(_XSAVE)
-    image[0:2] = (0x37F if rng.random() < 0.9 else 0x040 | rng.getrandbits(12)).to_bytes(
-        2, "little"
-    )
+    control = 0x37F if rng.random() < 0.9 else 0x040 | rng.getrandbits(12) & 0xF3F
+    image[0:2] = control.to_bytes(2, "little")
     image[2:4] = (rng.randrange(8) << 11 | rng.choice((0, 0x4700))).to_bytes(2, "little")
     image[4] = rng.getrandbits(8)  # abridged tags
     unmasked = rng.random() < 0.05
@@ -409,6 +410,7 @@ class SiliconGuest(Bare):
             self.map(base, base - lib.MV_SI_BASE + lib.MV_SI_GPA, size, P | U | A | D | rights)
         self.sregs.cr4 |= 1 << 18  # OSXSAVE
         self.sregs.gs.base = _DATA
+        self.sregs.fs.selector = self.sregs.gs.selector = 0
         self.state.xcr0 = xcr0
         self.set_ring(3)
 
