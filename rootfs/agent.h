@@ -3,7 +3,7 @@
  *
  *   init.c     boots: events, mounts, modules, host name, then the agent
  *   mount.c    file systems, root switch
- *   modules.c  loads the listed kernel modules
+ *   modules.c  loads the kernel modules that boot needs
  *   applets.c  busybox's names
  *   agent.c    epoll loop, new streams, signals, timers
  *   session.c  one session: frames in and out, bytes between streams and program

@@ -1,9 +1,10 @@
 /*
- * Loads kernel modules: a stock kernel has virtio_mmio, vsock and others as
- * files. /lib/microvm/modules.list has a line for each, in the order that their
- * dependencies ask for: the file's name in that directory, then parameters. To
- * these come "module.parameter=value" words of the kernel's command line, which
- * the kernel itself gives to built-in code only.
+ * Loads kernel modules: a stock kernel has the drivers of our devices as files.
+ * /lib/microvm/modules.list has a line for each, in the order that dependencies
+ * ask for: the file's path, then parameters. To these come the
+ * "module.parameter=value" words of the kernel's command line, which the kernel
+ * itself gives to built-in code only. All other modules load when the kernel
+ * calls modprobe.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -13,7 +14,7 @@
 
 #include "agent.h"
 
-#define MODULE_DIR "/lib/microvm/"
+#define LIST       "/lib/microvm/modules.list"
 #define LIST_MAX   8192
 #define PARAMS_MAX 1024
 
@@ -47,26 +48,25 @@ static void params_add(char *params, const char *cmdline, const char *name, size
 }
 
 static void module_load(char *line, const char *cmdline) {
-  char path[256] = MODULE_DIR, params[PARAMS_MAX] = "";
+  char params[PARAMS_MAX] = "";
   char *space = strchrnul(line, ' ');
   if (*space)
     *space++ = 0;
   const char *base = strrchr(line, '/') ? strrchr(line, '/') + 1 : line;
-  if (strlen(line) + sizeof(MODULE_DIR) > sizeof(path) || strlen(space) >= sizeof(params))
+  if (strlen(space) >= sizeof(params))
     return;
-  strcat(path, line);
   strcpy(params, space);
   params_add(params, cmdline, base, strcspn(base, "."));
-  int fd = open(path, O_RDONLY | O_CLOEXEC);
+  int fd = open(line, O_RDONLY | O_CLOEXEC);
   if (fd < 0 || (syscall(SYS_finit_module, fd, params, 0) < 0 && errno != EEXIST))
-    mv_console_say("cannot load module", path, errno);
+    mv_console_say("cannot load module", line, errno);
   if (fd >= 0)
     close(fd);
 }
 
 void mv_modules_load(const char *cmdline) {
   static char list[LIST_MAX];
-  if (mv_file_read(MODULE_DIR "modules.list", list, sizeof(list)) <= 0)
+  if (mv_file_read(LIST, list, sizeof(list)) <= 0)
     return;
   for (char *line = list; *line;) {
     char *end = strchrnul(line, '\n');

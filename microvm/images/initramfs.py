@@ -5,7 +5,7 @@ modules of one. Under ``$XDG_CACHE_HOME/microvm/initramfs``:
 
 ``CONTENT.cpio``    an archive; CONTENT is a hash of its bytes
 ``by-stat/KEY``     a symbolic link to the archive that was made from files with these
-                    devices, inodes, sizes and times
+                    devices, inodes, sizes and times (our own code among them)
 
 So a boot costs a ``stat`` for each input that can change, and nothing is imported that builds.
 
@@ -34,6 +34,9 @@ _INITS = (
     os.path.join(os.path.dirname(_PACKAGE), "build", "rootfs", "init"),
 )
 _BUSYBOXES = ("/bin/busybox", "/usr/bin/busybox")
+_BUILDERS = tuple(
+    os.path.join(_PACKAGE, "images", name) for name in ("rootfs.py", "skeleton.py")
+)  # what decides what is in an archive
 _BUSYBOX_PACKAGE = "busybox-static"
 _KEPT = 12  # archives in the cache; the oldest go first
 
@@ -52,7 +55,7 @@ def initramfs_for(kernel: Kernel) -> tuple[str, ...]:
 def base_initramfs() -> str:
     """The archive that all kernels share: PID 1, busybox, the files around them."""
     init = find_init()
-    inputs = [init, os.path.join(os.path.dirname(__file__), "skeleton.py"), *_BUSYBOXES]
+    inputs = [init, *_BUSYBOXES, *_BUILDERS]
 
     def build() -> bytes:
         from microvm.images import rootfs
@@ -74,7 +77,7 @@ def modules_initramfs(kernel_path: str) -> str | None:
 
         return rootfs.build_modules([(os.path.basename(file), _read(file)) for file in files])
 
-    return _cached("modules", [listing], build)
+    return _cached("modules", [listing, *_BUILDERS], build)
 
 
 def find_init() -> str:

@@ -9,14 +9,22 @@ import tempfile
 
 from microvm.errors import ConfigError, HostError
 from microvm.images import cpio
+from microvm.images.module_file import module_info, strip_module
 from microvm.images.skeleton import skeleton
-from microvm.images.strip import strip_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MODULE_DIR = "lib/microvm"  # as in rootfs/modules.c and rootfs/applets.c
+#: Drivers of the devices that guests have.
+_AT_BOOT = (
+    "virtio_mmio",
+    "vmw_vsock_virtio_transport",
+    "virtio_rng",
+    "virtio_console",
+    "virtio_blk",
+)
 _BUSYBOX_MAX = 16 << 20
 _PT_INTERP = 3
 
@@ -38,17 +46,66 @@ def build_base(init: bytes, busybox: bytes) -> bytes:
 
 
 def build_modules(modules: Sequence[tuple[str, bytes]]) -> bytes:
-    """The archive of modules: (file name, content), in the order in which they load.
+    """The archive of modules: (file name, content), each after those that it depends on.
 
-    What the guest does not need of them is left out.
+    Drivers of our devices load at boot; the rest when the kernel or a user calls modprobe, for
+    which there are the files that depmod would make. What the guest does not need of a module is
+    left out. Raises ``ConfigError`` if one is damaged.
     """
-    listing = "".join(f"{name}\n" for name, _ in modules)
+    info = {name: _module_info(name, data) for name, data in modules}
+    release = next((v.split()[0] for k, v in info[modules[0][0]] if k == "vermagic" and v), "")
+    if not release or "/" in release:
+        raise ConfigError(f"{modules[0][0]}: kernel module does not say for which kernel it is")
+    depends = {name: _depends(fields, info) for name, fields in info.items()}
+    wanted = {
+        name for first in depends if _bare(first) in _AT_BOOT for name in (first, *depends[first])
+    }
+    folder = f"lib/modules/{release}"
+    boot = "".join(f"/{folder}/{name}\n" for name, _ in modules if name in wanted)
+    dep = "".join(f"{name}: {' '.join(others)}\n" for name, others in depends.items())
+    alias = "".join(
+        f"alias {value} {_bare(name)}\n"
+        for name, fields in info.items()
+        for key, value in fields
+        if key == "alias"
+    )
     return cpio.pack(
         [
-            *(cpio.regular(f"{MODULE_DIR}/{name}", strip_module(data)) for name, data in modules),
-            cpio.regular(f"{MODULE_DIR}/modules.list", listing.encode()),
+            cpio.directory("lib/modules"),
+            cpio.directory(folder),
+            *(cpio.regular(f"{folder}/{name}", strip_module(data)) for name, data in modules),
+            cpio.regular(f"{folder}/modules.dep", dep.encode()),
+            cpio.regular(f"{folder}/modules.alias", alias.encode()),
+            cpio.regular(f"{folder}/modules.symbols", b""),
+            cpio.regular(f"{MODULE_DIR}/modules.list", boot.encode()),
+            cpio.symlink("bin/modprobe", "busybox"),  # before /init has made the other names
         ]
     )
+
+
+def _module_info(name: str, data: bytes) -> list[tuple[str, str]]:
+    try:
+        return module_info(data)
+    except ValueError as error:
+        raise ConfigError(f"{name}: kernel module is damaged: {error}") from error
+
+
+def _bare(file_name: str) -> str:
+    return file_name.split(".", 1)[0].replace("-", "_")
+
+
+def _depends(fields: list[tuple[str, str]], info: dict[str, list[tuple[str, str]]]) -> list[str]:
+    """File names of all that a module needs, what it needs most directly first, as depmod does."""
+    by_name = {_bare(name): name for name in info}
+    found: list[str] = []
+    for key, value in fields:
+        for other in value.split(",") if key == "depends" else ():
+            name = by_name.get(other.replace("-", "_"))
+            if name is not None:
+                found = [have for have in found if have != name]
+                deeper = _depends(info[name], info)
+                found = [have for have in found if have not in deeper] + [name, *deeper]
+    return found
 
 
 def is_static(program: bytes) -> bool:

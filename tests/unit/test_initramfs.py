@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from microvm.errors import ConfigError, HostError
 from microvm.images import cpio, initramfs, rootfs
+from microvm.images.module_file import module_info, strip_module
 from microvm.images.skeleton import skeleton
 
 # A static program as far as ELF headers tell: x86-64, one PT_LOAD.
@@ -141,11 +143,62 @@ def test_is_static_tells_dynamic_programs() -> None:
     assert rootfs.is_static(STATIC)
 
 
-def test_modules_archive_keeps_order() -> None:
-    archive = rootfs.build_modules([("b.ko", b"B"), ("a.ko", b"A")])
-    files = {path: content for path, _, content, _ in unpack(archive)}
-    assert files["lib/microvm/modules.list"] == b"b.ko\na.ko\n"
-    assert files["lib/microvm/b.ko"] == b"B"
+def module(**fields: str) -> bytes:
+    """An ELF object with a .modinfo section, one that a kernel wants and two that it does not."""
+    names = b"\0.modinfo\0.shstrtab\0.text\0.comment\0"
+    info = b"".join(f"{key}={value}\0".encode() for key, value in fields.items())
+    contents = [(names.index(b".modinfo"), 1, 2, info), (names.index(b".text"), 1, 6, b"CODE")]
+    contents += [(names.index(b".comment"), 1, 0, b"COMMENT"), (10, 3, 0, names)]
+    body, headers = b"", bytes(64)
+    for name, kind, flags, content in contents:
+        headers += struct.pack(
+            "<IIQQQQIIQQ", name, kind, flags, 0, 64 + len(body), len(content), 0, 0, 1, 0
+        )
+        body += content
+    fixed = (1, 62, 1, 0, 0, 64 + len(body), 0, 64, 0, 0, 64, 5, 4)
+    head = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", *fixed)
+    return head + body + headers + b"SIGNATURE~Module signature appended~\n"
+
+
+def test_module_info_is_read() -> None:
+    fields = module_info(module(depends="a,b", alias="fs-x"))
+    assert fields == [("depends", "a,b"), ("alias", "fs-x")]
+
+
+@pytest.mark.parametrize("damage", [b"", b"MZ", b"\x7fELF\x02\x01" + b"\xff" * 200, bytes(64)])
+def test_module_damaged_is_told(damage: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"x\.ko: kernel module is damaged"):
+        rootfs.build_modules([("x.ko", damage)])
+
+
+def test_module_strip_keeps_what_kernel_reads() -> None:
+    stripped = strip_module(module(depends="a", vermagic="6.1"))
+    assert module_info(stripped) == [("depends", "a"), ("vermagic", "6.1")]
+    assert b"CODE" in stripped
+    assert b"COMMENT" not in stripped
+    assert b"SIGNATURE" not in stripped
+
+
+@pytest.mark.parametrize("odd", [b"", b"x" * 100, b"\x7fELF\x02\x01" + b"\xff" * 100])
+def test_module_strip_leaves_what_it_does_not_know(odd: bytes) -> None:
+    assert strip_module(odd) == odd
+
+
+def test_modules_archive_boots_drivers_and_lists_the_rest() -> None:
+    modules = [
+        ("virtio_mmio.ko", module(vermagic="6.1-x SMP", depends="")),
+        ("a.ko", module(vermagic="6.1-x SMP")),
+        ("b.ko", module(vermagic="6.1-x SMP", depends="a")),
+        ("virtio_blk.ko", module(vermagic="6.1-x SMP", depends="b")),
+        ("over-lay.ko", module(vermagic="6.1-x SMP", depends="b,a", alias="fs-overlay")),
+    ]
+    files = {path: content for path, _, content, _ in unpack(rootfs.build_modules(modules))}
+    folder = "lib/modules/6.1-x"
+    boot = files["lib/microvm/modules.list"].decode().split()
+    assert boot == [f"/{folder}/{name}.ko" for name in ("virtio_mmio", "a", "b", "virtio_blk")]
+    assert b"over-lay.ko: b.ko a.ko\n" in files[f"{folder}/modules.dep"]
+    assert files[f"{folder}/modules.alias"] == b"alias fs-overlay over_lay\n"
+    assert files[f"{folder}/over-lay.ko"] == strip_module(modules[4][1])
 
 
 @pytest.fixture
@@ -203,12 +256,12 @@ def test_init_not_built_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_modules_of_stored_kernel_are_packed(place: Path) -> None:
     folder = place / "kernel" / "modules"
     folder.mkdir(parents=True)
-    (folder / "vsock.ko").write_bytes(b"module")
+    (folder / "vsock.ko").write_bytes(module(vermagic="6.1 SMP"))
     (folder / "modules.list").write_text("vsock.ko\n")
     path = initramfs.modules_initramfs(str(place / "kernel" / "vmlinux"))
     assert path is not None
     files = {name: content for name, _, content, _ in unpack(Path(path).read_bytes())}
-    assert files["lib/microvm/vsock.ko"] == b"module"
+    assert "lib/modules/6.1/vsock.ko" in files
 
 
 def test_modules_of_other_kernel_are_none(place: Path) -> None:
