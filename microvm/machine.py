@@ -75,11 +75,12 @@ class Machine:
         return self._plan
 
     def start(self) -> None:
-        """Boots, and returns when the guest can be given commands; at once if it has been.
+        """Boots, and returns when the guest can be given commands; at once if it has.
 
         Raises ``TimeoutError`` after ``boot_timeout`` seconds, or what else went wrong.
         """
         if self._agent_ready:
+            self._need_vmm()
             return
         limit = self.config.boot_timeout
         deadline = None if limit is None else monotonic() + limit
@@ -208,10 +209,12 @@ class Machine:
             session = open_session(
                 open_stream, (ours, theirs.fileno()), self._next_session(), program, stdio
             )
-        except ValueError as error:
+        except BaseException as error:
             ours.close()
             os.close(done)
-            raise ConfigError(str(error)) from error
+            if isinstance(error, ValueError):
+                raise ConfigError(str(error)) from error
+            raise
         finally:
             theirs.close()
             os.close(done_writer)

@@ -53,6 +53,7 @@ def make_plan(config: MachineConfig) -> Plan:
     from microvm.accel import choose
     from microvm.images.kernels import find_kernel
 
+    _check_host_memory(config.memory)
     accel, why = choose(config.accel)
     kernel = load_kernel(find_kernel(config.kernel))
     initrds = _initrds(config, kernel)
@@ -67,6 +68,15 @@ def make_plan(config: MachineConfig) -> Plan:
         verbose=config.console_fd is not None,
     )
     return Plan(config=config, accel=accel, why=why, kernel=kernel, initrds=initrds, image=image)
+
+
+def _check_host_memory(memory: int) -> None:
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if memory > there:
+        raise HostError(
+            f"memory of {memory >> 20} MiB is more than this host has ({there >> 20} MiB): "
+            "give the guest less"
+        )
 
 
 def _initrds(config: MachineConfig, kernel: Kernel) -> tuple[str, ...]:

@@ -138,6 +138,9 @@ def _explain(error: Exception) -> int:
     """Prints what went wrong; the exit code for it."""
     from microvm.errors import CommandError, MicrovmError, TimeoutError
 
+    if isinstance(error, MemoryError):
+        complain("this host gives us no more memory")
+        return EXIT_FAILURE
     if not isinstance(error, MicrovmError):
         import os
 

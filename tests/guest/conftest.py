@@ -94,3 +94,11 @@ class Front:
 @pytest.fixture
 def front(tmp_path: Path, guest_init: Path, payload: Payload, no_initrd: Path) -> Iterator[Front]:
     return Front(tmp_path, guest_init, payload(b"\xf4"), no_initrd)
+
+
+@pytest.fixture(params=["kvm", "dbt"])
+def accel(request: pytest.FixtureRequest) -> str:
+    """Each backend that this host has."""
+    if request.param == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("no access to /dev/kvm")
+    return str(request.param)
