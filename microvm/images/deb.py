@@ -7,6 +7,7 @@ get bytes.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import lzma
 import os
 import shutil
@@ -21,6 +22,15 @@ from microvm.errors import ConfigError, HostError
 _MAGIC = b"!<arch>\n"
 _HEADER = 60  # bytes of a member's header: name 16, times and owner 32, size 10, end 2
 _CHUNK = 1 << 20
+#: What the readers of archives raise.
+_DAMAGE = (
+    tarfile.TarError,
+    lzma.LZMAError,
+    zlib.error,
+    gzip.BadGzipFile,
+    EOFError,
+    ValueError,
+)
 _UNPACKED_MAX = 4 << 30
 
 
@@ -37,7 +47,7 @@ def open_data(path: str) -> Iterator[tarfile.TarFile]:
             plain.seek(0)
             with tarfile.open(fileobj=plain, mode="r:") as archive:
                 yield archive
-        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, ValueError) as error:
+        except _DAMAGE as error:
             raise ConfigError(f"{path}: damaged package: {error}") from error
         except OSError as error:
             raise HostError(f"{path}: cannot unpack: {error.strerror or error}") from error
@@ -73,8 +83,6 @@ def _unpack(package: BinaryIO, size: int, name: str, plain: IO[bytes]) -> None:
         with lzma.open(source) as reader:
             _copy(reader, plain)
     else:
-        import gzip
-
         with gzip.open(source) as reader:
             _copy(reader, plain)
 

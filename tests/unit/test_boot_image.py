@@ -298,7 +298,7 @@ class Acpi:
         (length,) = self.memory.unpack("<I", at + 4)
         table = self.memory.read(at, length)
         assert sum(table) & 0xFF == 0, table[:4]
-        assert layout.ACPI_GPA <= at and at + length <= layout.HIGH_RAM_GPA
+        assert at >= layout.ACPI_GPA and at + length <= layout.HIGH_RAM_GPA
         return table
 
 
