@@ -81,6 +81,8 @@ void mv_mmu_tlb_fill(struct mv_dbt *d, uint64_t gva, bool user, const struct mv_
   struct mv_tlb_entry *e = &d->tlb[priv][i];
   struct mv_dbt_mmu *m = d->mmu;
   uint64_t page = gva & ~0xfffull;
+  if (d->vm->dbt.no_tlb)
+    return;
   e->tag_r = page;
   e->tag_w = w->writable && w->dirty && !mv_cache_is_code(d, w->gpa) ? page : tlb_no_tag(i);
   e->hva = (uint64_t)(uintptr_t)w->hva;
@@ -317,7 +319,7 @@ static int access_virt(struct mv_dbt *d, uint64_t gva, void *buf, unsigned len, 
   /* Across pages: all of them must allow it before a byte moves.            */
   struct mv_walk w;
   bool failed;
-  for (uint64_t at = gva + in_page; at - gva < len; at += 0x1000) {
+  for (uint64_t at = gva; at - gva < len; at = (at | 0xfff) + 1) {
     host_of(d, at, write ? MV_ACC_W : MV_ACC_R, user, &w, &failed);
     if (failed)
       return -1;
