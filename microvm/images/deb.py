@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import lzma
 import os
 import shutil
@@ -15,9 +16,12 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from microvm.errors import ConfigError, HostError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 _MAGIC = b"!<arch>\n"
 _HEADER = 60  # bytes of a member's header: name 16, times and owner 32, size 10, end 2
@@ -68,7 +72,7 @@ def _find_data(package: BinaryIO, path: str) -> tuple[str, int]:
 
 
 def _unpack(package: BinaryIO, size: int, name: str, plain: IO[bytes]) -> None:
-    source = _Part(package, size)
+    source = io.BufferedReader(_Part(package, size), _CHUNK)
     if name == "data.tar":
         shutil.copyfileobj(source, plain, _CHUNK)
     elif name == "data.tar.zst":
@@ -96,13 +100,18 @@ def _copy(reader: IO[bytes], plain: IO[bytes]) -> None:
         plain.write(chunk)
 
 
-class _Part:
+class _Part(io.RawIOBase):
     """The next ``size`` bytes of a stream, as a stream."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._left = stream, size
 
-    def read(self, size: int = -1) -> bytes:
-        data = self._stream.read(self._left if size < 0 else min(size, self._left))
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Buffer) -> int:
+        view = memoryview(buffer)
+        data = self._stream.read(min(len(view), self._left))
         self._left -= len(data)
-        return data
+        view[: len(data)] = data
+        return len(data)

@@ -264,11 +264,21 @@ def test_deb_that_is_damaged_gets_one_clear_line(tmp_path: Path, data: bytes, me
 
 # ---- pull --------------------------------------------------------------------------------------
 
-_DEBIAN = """linux-image-6.1.0-56-cloud-amd64 linux-image-6.1.0-9-cloud-amd64
-linux-image-6.1.0-56-amd64 linux-image-6.12.9+deb12-cloud-amd64 linux-image-6.12.117+deb12-cloud-amd64
-linux-image-cloud-amd64 linux-image-6.12.117+deb12-amd64 linux-image-6.12.117+deb12-rt-amd64 linux-image-6.12-cloud-amd64
-linux-image-6.12.117+deb12-cloud-amd64-unsigned linux-image-6.12.117+deb12-cloud-amd64-dbg
-linux-image-amd64 linux-image-6.1-amd64-signed-template""".split()
+_DEBIAN = [
+    "linux-image-6.1.0-56-cloud-amd64",
+    "linux-image-6.1.0-9-cloud-amd64",
+    "linux-image-6.1.0-56-amd64",
+    "linux-image-6.12.9+deb12-cloud-amd64",
+    "linux-image-6.12.117+deb12-cloud-amd64",
+    "linux-image-cloud-amd64",
+    "linux-image-6.12.117+deb12-amd64",
+    "linux-image-6.12.117+deb12-rt-amd64",
+    "linux-image-6.12-cloud-amd64",
+    "linux-image-6.12.117+deb12-cloud-amd64-unsigned",
+    "linux-image-6.12.117+deb12-cloud-amd64-dbg",
+    "linux-image-amd64",
+    "linux-image-6.1-amd64-signed-template",
+]
 _UBUNTU = ["linux-image-6.8.0-31-generic", "linux-image-6.8.0-45-generic", "linux-image-generic"]
 
 
