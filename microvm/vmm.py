@@ -131,7 +131,9 @@ class Vmm:
         try:
             packet = self._socket.recv(control.PACKET_MAX)
         except ConnectionResetError:
-            return None
+            # It ended with messages of ours unread. Linux says that first, once; what it had to
+            # say is still there.
+            packet = self._socket.recv(control.PACKET_MAX)
         return control.decode(packet) if packet else None
 
     def poll(self, timeout: float) -> bool:
