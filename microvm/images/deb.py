@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO, Protocol
 
 from microvm.errors import ConfigError, HostError
 
@@ -91,13 +91,17 @@ def _unpack(package: BinaryIO, size: int, name: str, plain: IO[bytes]) -> None:
             _copy(reader, plain)
 
 
-def _copy(reader: IO[bytes], plain: IO[bytes]) -> None:
+def _copy(reader: _Readable, plain: IO[bytes]) -> None:
     total = 0
     while chunk := reader.read(_CHUNK):
         total += len(chunk)
         if total > _UNPACKED_MAX:
             raise ValueError(f"it unpacks to more than {_UNPACKED_MAX >> 30} GiB")
         plain.write(chunk)
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
 class _Part(io.RawIOBase):
