@@ -1,0 +1,233 @@
+/*
+ * Memory operands: the effective address, the TLB check, the cold stub behind
+ * it. The sequence is explained in translate.c.
+ */
+#include "translate.h"
+
+struct cold *mv_add_cold(struct tr *t, enum cold_kind kind, uint8_t *from, uint32_t arg) {
+  struct cold *c = &t->cold[t->ncold++];
+  *c = (struct cold){.kind = kind, .from = from, .arg = arg};
+  return c;
+}
+
+uint32_t mv_add_site(struct tr *t, unsigned i, uint32_t restart) {
+  struct mv_site *s = &t->x->sites[t->x->nsites];
+  *s = (struct mv_site){.block = (uint32_t)(t->b - t->x->blocks),
+                        .restart = restart,
+                        .guest = t->off[i],
+                        .insn = (uint8_t)i};
+  return t->x->nsites++;
+}
+
+void mv_emit_flags_save(struct mv_emit *e) {
+  e_store(e, MV_DBT(save_rax), MV_RAX);
+  e8(e, 0x9f); /* lahf                                                       */
+  e8(e, 0x0f), e8(e, 0x90), e8(e, 0xc0); /* seto al                          */
+}
+void mv_emit_flags_restore(struct mv_emit *e) {
+  e8(e, 0x04), e8(e, 0x7f); /* add al, 0x7f: overflows if AL is 1            */
+  e8(e, 0x9e);              /* sahf                                          */
+  e_load(e, MV_RAX, MV_DBT(save_rax));
+}
+
+/* A register of an address as it is in the host: the guest's R14, R15 are
+ * loaded into the scratch register of the same number. */
+void mv_emit_address_regs(struct tr *t, const struct mv_insn *in) {
+  if (guest_scratch(in->base))
+    e_load(&t->e, in->base, MV_DBT_GPR(in->base));
+  if (guest_scratch(in->index) && in->index != in->base)
+    e_load(&t->e, in->index, MV_DBT_GPR(in->index));
+}
+
+/* T0 = segment base + effective address of the ModRM operand of insn i.
+ * `add`: what POP [rsp] adds. Touches T1, no flags. */
+static void emit_ea(struct tr *t, unsigned i, int32_t add) {
+  const struct mv_insn *in = &t->insn[i];
+  struct mv_emit *e = &t->e;
+  bool addr32 = in->addr_size == 4;
+  bool seg = in->segment == MV_SEG_FS || in->segment == MV_SEG_GS;
+  uint32_t seg_off = seg ? MV_DBT(seg[0].base) + in->segment * (uint32_t)sizeof(struct mv_seg) : 0;
+  uint64_t ea = (uint64_t)in->disp + (in->base == MV_REG_RIP ? next_rip(t, i) : 0);
+  if (addr32)
+    ea = (uint32_t)ea;
+
+  if (in->base == MV_REG_RIP || (in->base == MV_REG_NONE && in->index == MV_REG_NONE)) {
+    if (seg && fits32((int64_t)ea)) { /* the kernel's per-CPU variables       */
+      e_load(e, MV_T0, seg_off);
+      if (ea)
+        e_lea(e, MV_T0, MV_T0, MV_REG_NONE, 1, (int32_t)ea, false);
+      return;
+    }
+    e_mov_imm(e, MV_T0, ea);
+  } else if (seg && !addr32 && in->index == MV_REG_NONE && !guest_scratch(in->base)) {
+    e_load(e, MV_T0, seg_off);
+    e_lea(e, MV_T0, MV_T0, in->base == MV_RSP ? MV_REG_NONE : in->base, 1, (int32_t)in->disp,
+          false);
+    if (in->base == MV_RSP) /* RSP cannot be an index                        */
+      e_lea(e, MV_T0, MV_RSP, MV_T0, 1, 0, false);
+    return;
+  } else {
+    mv_emit_address_regs(t, in);
+    e_lea(e, MV_T0, in->base, in->index, in->scale, (int32_t)in->disp + add, addr32);
+  }
+  if (seg) {
+    e_load(e, MV_T1, seg_off);
+    e_lea(e, MV_T0, MV_T0, MV_T1, 1, 0, false);
+  }
+}
+
+/* T1 = the bit offset of BT and friends; RAX may be away (emit_flags_save). */
+void mv_emit_bit_index(struct tr *t, unsigned i) {
+  unsigned reg = t->insn[i].reg.reg;
+  if (guest_scratch((uint8_t)reg))
+    e_load(&t->e, MV_T1, MV_DBT_GPR(reg));
+  else if (reg == MV_RAX && t->live[i] & MV_F_ARITH)
+    e_load(&t->e, MV_T1, MV_DBT(save_rax));
+  else
+    e_mov_rr(&t->e, MV_T1, reg);
+}
+
+/* BT/BTS/BTR/BTC m, r: the bit offset moves the address by whole operands.
+ * SDM 2A §3.1.1.9. Clobbers flags; T1 too. */
+static void emit_bit_offset(struct tr *t, unsigned i) {
+  const struct mv_insn *in = &t->insn[i];
+  struct mv_emit *e = &t->e;
+  unsigned shift = in->op_size == 8 ? 6 : 5;
+  mv_emit_bit_index(t, i);
+  if (in->op_size == 4) { /* movsxd t1, t1d                                  */
+    e_rexw(e, MV_T1, 0, MV_T1);
+    e8(e, 0x63);
+    e_modrm(e, 3, MV_T1, MV_T1);
+  }
+  e_rexw(e, 0, 0, MV_T1); /* sar t1, shift                                   */
+  e8(e, 0xc1);
+  e_modrm(e, 3, 7, MV_T1);
+  e8(e, shift);
+  e_lea(e, MV_T0, MV_T0, MV_T1, in->op_size, 0, false);
+}
+
+/* The check of an operand at a constant address: the TLB entry is known. */
+static void emit_check_const(struct tr *t, struct access *a, struct cold *c, uint64_t ea) {
+  struct mv_emit *e = &t->e;
+  unsigned index = (ea >> 12) & (MV_TLB_SIZE - 1);
+  uint32_t entry = MV_DBT(tlb[0][0]) +
+                   (priv_of(t) * MV_TLB_SIZE + index) * (uint32_t)sizeof(struct mv_tlb_entry);
+  uint64_t page = ea & ~0xfffull;
+  uint32_t tag = entry + (a->run_acc & MV_ACC_W ? 8 : 0);
+  if (fits32((int64_t)page)) { /* cmp qword gs:[tag], imm32                   */
+    e8(e, 0x65), e8(e, 0x48), e8(e, 0x81);
+    e_modrm(e, 0, 7, 4);
+    e8(e, 0x25);
+    e32(e, tag);
+    e32(e, (uint32_t)page);
+  } else {
+    e_mov_imm(e, MV_T0, page);
+    e_gs_abs(e, 0x3b, MV_T0, tag);
+  }
+  c->ea_known = true;
+  c->ea = ea;
+  c->from = e_jcc(e, 5);
+  e_load(e, MV_T0, entry + (uint32_t)offsetof(struct mv_tlb_entry, hva));
+  a->at = (int32_t)(ea & 0xfff);
+}
+
+static void emit_check_tlb(struct tr *t, struct access *a, struct cold *c, unsigned size) {
+  struct mv_emit *e = &t->e;
+  uint32_t tlb =
+      MV_DBT(tlb[0][0]) + priv_of(t) * MV_TLB_SIZE * (uint32_t)sizeof(struct mv_tlb_entry);
+  uint32_t tag = tlb + (a->run_acc & MV_ACC_W ? 8 : 0);
+  e_mov_rr(e, MV_T1, MV_T0);
+  e8(e, 0x49), e8(e, 0xc1), e8(e, 0xef), e8(e, 12 - 5); /* shr t1, 7          */
+  e8(e, 0x41), e8(e, 0x81), e8(e, 0xe7);                /* and t1d, imm32     */
+  e32(e, (MV_TLB_SIZE - 1) << 5);
+  e_gs_base(e, 0x33, MV_T0, MV_T1, tag); /* xor t0, gs:[t1 + tag]             */
+  e8(e, 0x49), e8(e, 0x81), e8(e, 0xfe); /* cmp t0, 4096 - size               */
+  e32(e, 4096 - size);
+  c->tag_off = tag;
+  c->from = e_jcc(e, 7); /* ja                                               */
+  e_gs_base(e, 0x03, MV_T0, MV_T1, tlb + (uint32_t)offsetof(struct mv_tlb_entry, hva));
+}
+
+/* In a bounce block C checks, reads the operand and puts it into d->bounce. */
+static void emit_bounce_in(struct tr *t, unsigned i, struct access *a) {
+  uint32_t site = mv_add_site(t, i, 0);
+  t->x->sites[site].size = a->size;
+  t->x->sites[site].access = a->run_acc;
+  t->x->sites[site].align = t->insn[i].mem_align;
+  e_mov_imm(&t->e, MV_T1, site);
+  e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_BOUNCE_IN]));
+  t->x->sites[site].restart = here(t);
+  e_mov_imm(&t->e, MV_T0, (uint64_t)(uintptr_t)t->d->bounce);
+  a->at = 0;
+}
+
+int32_t mv_emit_access(struct tr *t, unsigned i, unsigned k) {
+  struct access *a = &t->acc[i][k];
+  const struct mv_insn *in = &t->insn[i];
+  struct mv_emit *e = &t->e;
+  if (!a->starts)
+    return a->at;
+
+  uint32_t restart = here(t);
+  unsigned size = a->size;
+  bool live = (t->live[i] & MV_F_ARITH) != 0;
+  bool constant = false;
+  uint64_t ea = 0;
+  if (a->base != MV_REG_NONE) {
+    size = a->run_size;
+    if (guest_scratch(a->base))
+      e_load(e, MV_T0, MV_DBT_GPR(a->base));
+    e_lea(e, MV_T0, guest_scratch(a->base) ? MV_T0 : a->base, MV_REG_NONE, 1, a->run_lo, false);
+  } else {
+    a->run_acc = a->acc;
+    if (in->segment == MV_REG_NONE && in->index == MV_REG_NONE && in->op != MV_OP_BT_MEM_REG &&
+        (in->base == MV_REG_RIP || in->base == MV_REG_NONE)) {
+      ea = (uint64_t)in->disp + (in->base == MV_REG_RIP ? next_rip(t, i) : 0);
+      if (in->addr_size == 4)
+        ea = (uint32_t)ea;
+      constant = (ea & 0xfff) + size <= 4096 && !(t->b->variant & MV_VAR_BOUNCE);
+    }
+    if (!constant)
+      emit_ea(t, i, a->modrm && in->op == MV_OP_POP && in->base == MV_RSP ? in->op_size : 0);
+  }
+  /* Flags that the bit offset clobbers are saved before it. */
+  if (live && !(t->b->variant & MV_VAR_BOUNCE))
+    mv_emit_flags_save(e);
+  if (in->op == MV_OP_BT_MEM_REG && a->modrm) {
+    if (live && t->b->variant & MV_VAR_BOUNCE)
+      mv_emit_flags_save(e);
+    emit_bit_offset(t, i);
+    if (live && t->b->variant & MV_VAR_BOUNCE)
+      mv_emit_flags_restore(e);
+  }
+  if (t->b->variant & MV_VAR_BOUNCE) {
+    emit_bounce_in(t, i, a);
+    return a->at;
+  }
+
+  uint32_t site = mv_add_site(t, i, restart);
+  struct mv_site *s = &t->x->sites[site];
+  s->size = (uint16_t)size;
+  s->access = a->run_acc;
+  s->flags = size != a->size || a->run_acc != a->acc ? MV_SITE_COALESCED : 0;
+  s->align = in->mem_align;
+  struct cold *c = mv_add_cold(t, COLD_MEM, NULL, site);
+  c->flags_saved = live;
+  if (constant)
+    emit_check_const(t, a, c, ea);
+  else
+    emit_check_tlb(t, a, c, size);
+  if (live)
+    mv_emit_flags_restore(e);
+  return a->at;
+}
+
+void mv_emit_access_done(struct tr *t, unsigned i, unsigned k) {
+  if (!(t->b->variant & MV_VAR_BOUNCE) || !(t->acc[i][k].run_acc & MV_ACC_W))
+    return;
+  uint32_t site = mv_add_site(t, i, 0);
+  t->x->sites[site].size = t->acc[i][k].size;
+  e_mov_imm(&t->e, MV_T1, site);
+  e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_BOUNCE_OUT]));
+  t->x->sites[site].restart = here(t);
+}
