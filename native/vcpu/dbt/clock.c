@@ -62,6 +62,15 @@ void mv_clock_start(void) {
   atomic_store_explicit(&origin_state, DONE, memory_order_release);
 }
 
+/* a * b / c; by hand because libgcc's 128-bit division may use vector registers,
+ * which are the guest's. */
+static uint64_t mul_div(uint64_t a, uint64_t b, uint64_t c) {
+  uint64_t lo, hi, q, r;
+  __asm__("mulq %3" : "=a"(lo), "=d"(hi) : "a"(a), "r"(b) : "cc");
+  __asm__("divq %4" : "=a"(q), "=d"(r) : "a"(lo), "d"(hi), "r"(c) : "cc");
+  return q;
+}
+
 static void measure(void) {
   mv_clock_start();
   if (!begin_once(&rate_state))
@@ -70,10 +79,9 @@ static void measure(void) {
     __builtin_ia32_pause();
   struct sample s = take_sample();
   uint64_t ticks = s.tsc - origin.tsc, ns = s.ns - origin.ns;
-  /* Divides in 128 bits; a process that is hours old still has exact figures. */
-  rate_hz = (uint64_t)((unsigned __int128)ticks * 1000000000u / ns);
-  ns_per_tick = (uint64_t)(((unsigned __int128)ns << 32) / ticks);
-  ticks_per_ns = (uint64_t)(((unsigned __int128)ticks << 32) / ns);
+  rate_hz = mul_div(ticks, 1000000000u, ns);
+  ns_per_tick = mul_div(ns, 1ULL << 32, ticks);
+  ticks_per_ns = mul_div(ticks, 1ULL << 32, ns);
   atomic_store_explicit(&rate_state, DONE, memory_order_release);
 }
 

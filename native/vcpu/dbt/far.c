@@ -179,7 +179,10 @@ int mv_sys_iret(struct mv_dbt *d, const struct mv_insn *insn) {
   if (go_to_target(d, &t, switch_stack, sp + 3 * size) < 0)
     return -1;
   mv_dbt_set_rflags(d, flags);
-  d->sys->nmi_masked = false;
+  if (d->sys->nmi_masked) {
+    d->sys->nmi_masked = false;
+    mv_dbt_poke(d); /* another NMI may wait                                     */
+  }
   return MV_SYS_JUMPED;
 }
 

@@ -274,7 +274,8 @@ int mv_system_deliver(struct mv_dbt *d) {
   for (;;) {
     unsigned vector = d->exc_vector;
     struct event e = {.vector = vector,
-                      .has_code = d->exc_has_code && (mv_is_protected(d)),
+                      .external = true, /* to what fails in its delivery, §6.13  */
+                      .has_code = d->exc_has_code && mv_is_protected(d),
                       .code = d->exc_code,
                       .resume = is_fault(vector),
                       .rip = d->rip};
