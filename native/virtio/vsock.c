@@ -581,6 +581,7 @@ static int stream_prepare(struct mv_vsock *vs, uint32_t guest_port,
       close(ends->out_fd);
   } else if (rc) {
     free(s);
+    s = NULL;
   }
   *out = s;
   return rc;

@@ -64,6 +64,7 @@ def library() -> ctypes.CDLL:
                 *(f"-I{native / 'include'}", "-o", str(fresh), *map(str, sources)),
             ],
             check=True,
+            env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
         )
         fresh.rename(so)
     lib = ctypes.CDLL(str(so), use_errno=True)
