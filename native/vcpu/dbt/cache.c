@@ -46,6 +46,8 @@ static void reset(struct mv_dbt *d) {
   x->cold = (uint32_t)(x->size / 2);
   x->nblocks = x->nsites = x->ncodepages = 1;
   x->nmap = x->nhelpers = 0;
+  x->global_lo = ~0ull;
+  x->global_hi = 0;
   x->epoch++;
   mv_cache_forget_mappings(d);
   mv_cache_forget_jumps(d);
@@ -163,6 +165,10 @@ static uint32_t codepage(struct mv_dbt *d, uint64_t vpage, uint64_t ppage, uint3
   x->codepages[x->ncodepages] = (struct mv_codepage){
       .vpage = vpage, .ppage = ppage, .mode = mode, .next = x->codepage_hash[h]};
   x->codepage_hash[h] = x->ncodepages;
+  if (mode & MV_MODE_UNGUARDED && vpage < x->global_lo)
+    x->global_lo = vpage;
+  if (mode & MV_MODE_UNGUARDED && vpage > x->global_hi)
+    x->global_hi = vpage;
   return x->ncodepages++;
 }
 
@@ -327,28 +333,40 @@ static void codepage_drop(struct mv_dbt *d, uint32_t id) {
   }
 }
 
-static bool still_mapped(struct mv_dbt *d, const struct mv_codepage *c) {
+/* Walks of one verification: kernel code lies in few large pages. */
+struct walk_memo {
+  uint64_t region; /* of 2 MiB, or ~0                                         */
+  uint64_t gpa;
+};
+#define WALK_MEMOS 16
+
+static bool still_mapped(struct mv_dbt *d, const struct mv_codepage *c, struct walk_memo *memos) {
+  struct walk_memo *m = &memos[(c->vpage >> 21) & (WALK_MEMOS - 1)];
+  if (m->region == c->vpage >> 21)
+    return m->gpa + (c->vpage & 0x1fffff) == c->ppage;
   struct mv_walk w;
   uint8_t vector = d->exc_vector; /* a failed walk must raise nothing here     */
   uint64_t cr2 = d->cr2;
-  bool ok = mv_mmu_walk(d, c->vpage, MV_ACC_X, false, &w) == 0 && w.global &&
-            (w.gpa & ~0xfffull) == c->ppage;
+  bool ok = mv_mmu_walk(d, c->vpage, MV_ACC_X, false, &w) == 0 && w.global;
   d->exc_vector = vector;
   d->cr2 = cr2;
-  return ok;
+  if (ok && w.large)
+    *m = (struct walk_memo){c->vpage >> 21, w.gpa - (c->vpage & 0x1fffff)};
+  return ok && (w.gpa & ~0xfffull) == c->ppage;
 }
 
 void mv_cache_verify_global(struct mv_dbt *d, uint64_t gva) {
   struct mv_dbt_exec *x = d->exec;
-  if (gva != ~0ull && !(gva >> 63))
+  struct walk_memo memos[WALK_MEMOS];
+  if (gva != ~0ull && (gva < x->global_lo || gva > x->global_hi))
     return;
+  for (unsigned i = 0; i < WALK_MEMOS; i++)
+    memos[i].region = ~0ull;
   for (uint32_t i = 1; i < x->ncodepages; i++) {
     struct mv_codepage *c = &x->codepages[i];
     if (!(c->mode & MV_MODE_UNGUARDED) || (gva != ~0ull && c->vpage != gva))
       continue;
-    if (!page_of(d, c->ppage)->block)
-      continue;
-    if (!still_mapped(d, c))
+    if (page_of(d, c->ppage)->block && !still_mapped(d, c, memos))
       codepage_drop(d, i);
   }
 }

@@ -115,6 +115,7 @@ struct mv_dbt_exec {
   uint32_t nmap, max_map;
   struct mv_codepage *codepages;
   uint32_t ncodepages, max_codepages;
+  uint64_t global_lo, global_hi; /* pages with unguarded code lie within      */
   uint32_t *hash, *codepage_hash;
   struct mv_physpage *pages[MV_MEM_SLOTS_MAX]; /* one array a memory slot     */
 
