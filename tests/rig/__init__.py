@@ -188,7 +188,8 @@ class Rig:
     def sink(self) -> bytes:
         """What a serial port or console has said since the last call."""
         out = ctypes.create_string_buffer(1 << 20)
-        return out.raw[: self.lib.rig_sink(self.ptr, out, len(out))]
+        size = self.lib.rig_sink(self.ptr, out, len(out))
+        return out.raw[:size]
 
     # -- interrupts and the loop ---------------------------------------------
 
