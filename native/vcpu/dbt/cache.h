@@ -190,7 +190,7 @@ uint32_t mv_emit_guarded_entry(struct mv_dbt *d, struct mv_block *b);
 
 /* enter.S */
 void mv_dbt_enter(struct mv_dbt *d, const void *code);
-extern const char mv_dbt_leave[];
+extern const char mv_dbt_leave[], mv_jump_kernel[], mv_jump_user[];
 extern const char mv_tramp_mem[], mv_tramp_link[], mv_tramp_indirect[], mv_tramp_guard[],
     mv_tramp_insn[], mv_tramp_raise[], mv_tramp_bounce_in[], mv_tramp_bounce_out[],
     mv_tramp_signal[];

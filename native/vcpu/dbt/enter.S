@@ -94,6 +94,21 @@ mv_resume:
     tramp mv_tramp_bounce_out, mv_slow_bounce_out
     tramp mv_tramp_signal, mv_slow_signal
 
+/* C returns these to go on at mv_dbt.rip through the jump cache. */
+    .macro jump name, jc
+    .globl \name
+    .hidden \name
+    .type \name, @function
+    .p2align 4
+\name:
+    mov %gs:RIP, %r14
+    movzwl %r14w, %r15d
+    jmp *%gs:\jc(,%r15,8)
+    .endm
+
+    jump mv_jump_kernel, MV_OFF_JC
+    jump mv_jump_user, MV_OFF_JC + 8 * 65536
+
     .globl mv_dbt_enter
     .hidden mv_dbt_enter
     .type mv_dbt_enter, @function

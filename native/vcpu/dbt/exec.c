@@ -30,6 +30,7 @@ _Static_assert(offsetof(struct mv_dbt, self) == MV_OFF_SELF, "enter_offsets.h");
 _Static_assert(offsetof(struct mv_dbt, host_rsp) == MV_OFF_HOST_RSP, "enter_offsets.h");
 _Static_assert(offsetof(struct mv_dbt, resume) == MV_OFF_RESUME, "enter_offsets.h");
 _Static_assert(offsetof(struct mv_dbt, t0) == MV_OFF_T0, "enter_offsets.h");
+_Static_assert(offsetof(struct mv_dbt, jc) == MV_OFF_JC && MV_JC_SIZE == 65536, "enter_offsets.h");
 _Static_assert(offsetof(struct mv_dbt, gpr) == 0 && offsetof(struct mv_dbt, rip) == 128 &&
                    offsetof(struct mv_dbt, flags) == 136,
                "enter.S");
@@ -50,6 +51,12 @@ static const void *into(struct mv_dbt *d, uint32_t off) {
 static const void *leave(struct mv_dbt *d) {
   (void)d;
   return mv_dbt_leave;
+}
+
+/* To d->rip by the jump cache; if it is not there, by mv_slow_indirect(). */
+static const void *jump(struct mv_dbt *d) {
+  mv_dbt_fpu_load(d);
+  return d->cpl == 3 ? mv_jump_user : mv_jump_kernel;
 }
 
 /* Is there a reason to leave translated code that is no interrupt? */
@@ -79,7 +86,9 @@ static int attend(struct mv_dbt *d) {
 }
 
 /* An interrupt was found while IF was clear, and IF is set now. */
-static bool irq_let_in(struct mv_dbt *d) { return d->exec->irq_waits && d->eflags & MV_FL_IF; }
+static bool irq_let_in(struct mv_dbt *d) {
+  return d->exec->irq_waits && d->eflags & MV_FL_IF;
+}
 
 /* The code for d->rip as things are now: interrupts, single steps, faults. */
 static const void *dispatch(struct mv_dbt *d) {
@@ -100,6 +109,8 @@ static const void *dispatch(struct mv_dbt *d) {
       return leave(d);
     }
     bool step = d->eflags & MV_FL_TF || d->irq_shadow;
+    if (!step && !d->vm->dbt.no_chain)
+      return jump(d);
     uint32_t b = mv_cache_get(d, d->rip, step ? MV_VAR_STEP | MV_VAR_SINGLE : MV_VAR_NORMAL);
     if (b) {
       x->stepping = step;
@@ -191,8 +202,7 @@ const void *mv_slow_mem(struct mv_dbt *d, uint32_t site) {
   bool user = d->cpl == 3, shared = s->flags & MV_SITE_COALESCED;
   struct mv_walk w;
   site_rip(d, s);
-  if ((gva & 0xfff) + s->size > 0x1000 || (s->align && gva & (s->align - 1u)) ||
-      d->vm->dbt.no_tlb)
+  if ((gva & 0xfff) + s->size > 0x1000 || (s->align && gva & (s->align - 1u)) || d->vm->dbt.no_tlb)
     goto exact;
   if (mv_mmu_walk(d, gva, s->access, user, &w)) {
     if (shared)
@@ -320,6 +330,21 @@ static int writable(struct mv_dbt *d, uint64_t gva, unsigned len) {
   return 0;
 }
 
+/* What lies where an instruction is about to store: x87 stores with an unmasked exception write
+ * nothing, and then these bytes go back. [gva, gva+len) was found writable. */
+static void read_before_store(struct mv_dbt *d, uint64_t gva, unsigned len) {
+  for (unsigned done = 0, n; done < len; done += n) {
+    uint64_t at = gva + done, gpa = 0;
+    n = 0x1000 - (at & 0xfff) < len - done ? (unsigned)(0x1000 - (at & 0xfff)) : len - done;
+    mv_mmu_translate(d, at, MV_ACC_W, MV_AS_CPL, &gpa);
+    const uint8_t *ram = mv_mmu_ram(d, gpa, NULL);
+    if (ram)
+      __builtin_memcpy(d->bounce + done, ram, n);
+    else
+      __builtin_memset(d->bounce + done, 0, n);
+  }
+}
+
 const void *mv_slow_bounce_in(struct mv_dbt *d, uint32_t site) {
   struct mv_dbt_exec *x = d->exec;
   const struct mv_site *s = &x->sites[site];
@@ -330,6 +355,8 @@ const void *mv_slow_bounce_in(struct mv_dbt *d, uint32_t site) {
     r = mv_dbt_raise_code(d, MV_EXC_GP, 0);
   if (!r && s->access & MV_ACC_W)
     r = writable(d, gva, s->size);
+  if (!r && s->access == MV_ACC_W)
+    read_before_store(d, gva, s->size);
   if (!r && s->access & MV_ACC_R)
     r = mv_mmu_read(d, gva, d->bounce, s->size, MV_AS_CPL);
   if (r) {
