@@ -64,6 +64,7 @@ F_ERROR = 130
 F_EXIT = 131
 
 EXEC_PTY = 1
+EXEC_LOGIN = 2
 
 SHUTDOWN_POWEROFF = 1
 SHUTDOWN_REBOOT = 2
@@ -102,7 +103,8 @@ class WindowSize(Record):
 class Program(Record):
     """What to run in the guest.
 
-    ``argv``: at least the program, looked up in the guest's ``PATH``. ``env``: added to the
+    ``argv``: at least the program, looked up in the guest's ``PATH``; empty: the user's shell, as
+    a login shell. ``env``: added to the
     defaults of the user (``HOME USER LOGNAME SHELL PATH``); nothing of the host's environment
     is added here. ``cwd``: "" is the user's home. ``user``: "" is root, else ``NAME`` or
     ``UID``, each optionally with ``:GROUP`` or ``:GID``. ``window``: a size asks for a
@@ -142,7 +144,7 @@ class Failed(Record):
 
     def describe(self, program: Program) -> str:
         """One line for a person: what failed, on what."""
-        name = os.fsdecode(program.argv[0])
+        name = os.fsdecode(program.argv[0]) if program.argv else "login shell"
         reason = os.strerror(self.error)
         if self.stage == STAGE_EXEC:
             if self.error == _ENOENT:
@@ -194,10 +196,8 @@ def frame(kind: int, payload: bytes = b"") -> bytes:
 def exec_frame(program: Program, channels: int) -> bytes:
     """The EXEC frame: run ``program``, with ``channels`` connected by data streams.
 
-    Raises ValueError for what cannot be said: no argv, NUL bytes, more than 1 MiB.
+    Raises ValueError for what cannot be said: NUL bytes, more than 1 MiB.
     """
-    if not program.argv:
-        raise ValueError("argv is empty: there is no program to run")
     env = [os.fsencode(f"{key}={value}") for key, value in program.env.items()]
     argv = [os.fsencode(argument) for argument in program.argv]
     strings = [os.fsencode(program.cwd), os.fsencode(program.user), *argv, *env]
@@ -205,8 +205,9 @@ def exec_frame(program: Program, channels: int) -> bytes:
         if b"\0" in string:
             raise ValueError(f"{os.fsdecode(string)!r} has a NUL byte")
     window = program.window or WindowSize(rows=0, cols=0)
+    flags = (EXEC_PTY if program.window else 0) | (0 if argv else EXEC_LOGIN)
     head = _EXEC.pack(
-        EXEC_PTY if program.window else 0,
+        flags,
         channels,
         len(argv),
         len(env),

@@ -106,7 +106,7 @@ struct mv_spawn {
   char **argv;            /* NULL-terminated                                 */
   char **env;             /* NULL-terminated, with room for MV_ENV_ADDED more */
   uint32_t channels;
-  bool pty;
+  bool pty, login;
   struct mv_winsize winsize;
   /* filled: */
   pid_t pid;

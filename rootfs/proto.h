@@ -75,7 +75,10 @@ struct mv_winsize {
 };
 _Static_assert(sizeof(struct mv_winsize) == 8, "wire format");
 
-enum mv_exec_flag { MV_EXEC_PTY = 1 };
+enum mv_exec_flag {
+  MV_EXEC_PTY = 1,   /* a terminal instead of pipes                          */
+  MV_EXEC_LOGIN = 2, /* the user's shell as a login shell; argc is 0         */
+};
 
 /* Followed by NUL-terminated strings: directory, user, argc arguments, envc
  * environment entries "K=V"; they fill the payload exactly.

@@ -38,6 +38,7 @@
 #define KILL_AFTER_NS 2000000000ULL
 #define CLOCK_OFF_NS  1000000000LL
 #define EXEC_STRINGS  2 /* directory, user; then arguments, environment        */
+#define EXEC_FLAGS    (MV_EXEC_PTY | MV_EXEC_LOGIN)
 #define TERMINAL_EOF  "\4"
 
 enum { IN, OUT, ERR, CHANNELS };
@@ -221,8 +222,8 @@ static void session_resize(struct session *s, const struct mv_winsize *size) {
 
 /* The strings are looked at when the program starts. */
 static bool exec_valid(const struct mv_exec *exec, uint32_t len) {
-  return len >= sizeof(*exec) && !(exec->flags & ~(uint32_t)MV_EXEC_PTY) &&
-         !(exec->channels >> CHANNELS) && exec->argc &&
+  return len >= sizeof(*exec) && !(exec->flags & ~(uint32_t)EXEC_FLAGS) &&
+         !(exec->channels >> CHANNELS) && !exec->argc == !!(exec->flags & MV_EXEC_LOGIN) &&
          (uint64_t)EXEC_STRINGS + exec->argc + exec->envc <= len;
 }
 
@@ -354,6 +355,7 @@ static int program_spawn(struct session *s, char **strings, enum mv_stage *stage
       .env = env,
       .channels = exec->channels,
       .pty = s->pty,
+      .login = exec->flags & MV_EXEC_LOGIN,
       .winsize = exec->winsize,
   };
   int error = mv_spawn(&spawn, stage);

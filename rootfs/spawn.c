@@ -28,6 +28,7 @@
 /* All that the child needs, ready made. */
 struct child {
   char *const *argv, *const *env;
+  const char *file; /* to look for                                           */
   const char *path, *dir, *home;
   const struct mv_user *user;
   bool switch_user;
@@ -95,7 +96,7 @@ static void child_exec_file(struct child *child, const char *file) {
 /* Looks in PATH with access(), since an execve that fails costs ten times as
  * much. "Found but not to be executed" wins over "not found". */
 static void child_exec(struct child *child) {
-  const char *name = child->argv[0];
+  const char *name = child->file;
   char file[PATH_MAX];
   int error = ENOENT;
   if (!*name)
@@ -166,6 +167,17 @@ static void close_all(int *fd, int n) {
       close(fd[i]);
 }
 
+/* What a login shell is called: its name after a dash. */
+static char *login_name(const char *shell, char *buf, size_t size) {
+  const char *slash = strrchr(shell, '/');
+  const char *base = slash ? slash + 1 : shell;
+  size_t len = strnlen(base, size - 2);
+  buf[0] = '-';
+  memcpy(buf + 1, base, len);
+  buf[len + 1] = 0;
+  return buf;
+}
+
 /* A terminal: our end once for input and once for output, three for the child. */
 static int terminal_open(struct mv_spawn *spawn, const struct mv_user *user, int far[3]) {
   int unlocked = 0, error;
@@ -208,7 +220,7 @@ static int pipes_open(struct mv_spawn *spawn, int far[3]) {
 
 int mv_spawn(struct mv_spawn *spawn, enum mv_stage *stage) {
   static struct mv_user user; /* large; one program is started at a time */
-  char home[300], name[100], logname[100], shell[300], path[100], term[16];
+  char home[300], name[100], logname[100], shell[300], path[100], term[16], argv0[64];
   int far[3] = {-1, -1, -1};
   spawn->near[0] = spawn->near[1] = spawn->near[2] = -1;
 
@@ -226,9 +238,11 @@ int mv_spawn(struct mv_spawn *spawn, enum mv_stage *stage) {
     env_default(spawn->env, "PATH", DEFAULT_PATH, path, sizeof(path));
     if (spawn->pty)
       env_default(spawn->env, "TERM", "linux", term, sizeof(term));
+    char *const login[] = {login_name(user.shell, argv0, sizeof(argv0)), NULL};
     struct child child = {
-        .argv = spawn->argv,
+        .argv = spawn->login ? login : spawn->argv,
         .env = spawn->env,
+        .file = spawn->login ? user.shell : spawn->argv[0],
         .path = env_get(spawn->env, "PATH"),
         .dir = spawn->dir,
         .home = user.home,

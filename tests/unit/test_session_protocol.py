@@ -70,10 +70,14 @@ def test_exec_frame_terminal_has_flag_and_size() -> None:
     assert (flags, rows, cols) == (sp.EXEC_PTY, 50, 65535)
 
 
+def test_exec_frame_without_argv_asks_for_login_shell() -> None:
+    flags, _, argc, *_ = struct.unpack_from("<IIII", sp.exec_frame(Program(argv=[]), 3), 8)
+    assert (flags, argc) == (sp.EXEC_LOGIN, 0)
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        (Program(argv=[]), "argv is empty"),
         (Program(argv=["a\0b"]), "NUL"),
         (Program(argv=["a"], env={"K": "\0"}), "NUL"),
         (Program(argv=["a"], cwd="\0"), "NUL"),
