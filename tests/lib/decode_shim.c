@@ -2,7 +2,7 @@
  * each in, FIELDS integers each out (names: FIELDS in decoder_under_test.py). */
 #include <stddef.h>
 
-#include "insn.h"
+#include "insn_row.h"
 
 #define API __attribute__((visibility("default")))
 
@@ -36,6 +36,18 @@ API int decode_batch(const uint8_t *in, int n, int avail, int mode, int64_t *out
     o = put_gpr(o, &x.opreg);
   }
   return n ? (int)((o - out) / n) : 0;
+}
+
+API int row_count(void) {
+  return (int)mv_row_count;
+}
+
+API void mark_rows(const uint8_t *in, int n, int mode, uint8_t *seen) {
+  for (int i = 0; i < n; i++) {
+    struct mv_insn x;
+    if (mv_decode(&x, in + (size_t)16 * i, 15, mode) == MV_DECODE_OK)
+      seen[x.row] = 1;
+  }
 }
 
 API const char *row_name(int row) {

@@ -44,6 +44,7 @@ class CDecoder:
     def __init__(self, build_dir: Path) -> None:
         self._lib = ctypes.CDLL(str(_build(build_dir)))
         self._lib.row_name.restype = ctypes.c_char_p
+        self.row_count: int = self._lib.row_count()
         self.classes = enum_names("mv_class", "MV_CLASS_")
         self.ops = enum_names("mv_op", "MV_OP_")
         self.features = self._features()
@@ -55,6 +56,13 @@ class CDecoder:
         width = self._lib.decode_batch(data, len(cases), avail, MODES[bits], out)
         assert not cases or width == len(FIELDS), "decode_shim.c and FIELDS differ"
         return Batch(out, len(cases))
+
+    def rows_reached(self, cases: Sequence[bytes], bits: int) -> set[int]:
+        """Numbers of the rows that the cases (at most 16 bytes) decode to."""
+        seen = (ctypes.c_uint8 * self.row_count)()
+        data = b"".join(case.ljust(SLOT, b"\0") for case in cases)
+        self._lib.mark_rows(data, len(cases), MODES[bits], seen)
+        return {row for row, mark in enumerate(seen) if mark}
 
     def one(self, case: bytes, bits: int = 64, avail: int = 15) -> Decoded:
         """Decodes one instruction."""

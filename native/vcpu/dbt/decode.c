@@ -21,7 +21,9 @@ struct cursor {
   unsigned pos, limit;
   unsigned pp;                         /* mandatory prefix: NP, P66, PF3, PF2              */
   unsigned rex_r, rex_x, rex_b, rex_w; /* from REX, VEX or EVEX, as 0 or 1   */
-  unsigned vvvv;                       /* register number                                  */
+  unsigned vvvv;                       /* register number (EVEX: 0..31)                    */
+  unsigned evex_r2;                    /* EVEX.R': register 16..31 in ModRM.reg            */
+  unsigned length;                     /* of vectors: 0, 1, 2 for 16, 32, 64 bytes         */
   bool modrm_read;
 };
 
@@ -63,6 +65,7 @@ static const uint16_t size_table[SZ_COUNT][4][3] = {
     [SZ_h] = BY_LEN(8, 16, 32),
     [SZ_f] = BY_LEN(4, 8, 16),
     [SZ_e] = BY_LEN(2, 4, 8),
+    [SZ_xw] = {{8, 16, 32}, {8, 16, 32}, {8, 16, 32}, {16, 32, 64}},
     [SZ_dup] = BY_LEN(8, 32, 64),
     [SZ_env] = BY_OP(28, 14, 28, 28),
     [SZ_fsave] = BY_OP(108, 94, 108, 108),
@@ -145,6 +148,19 @@ static bool read_prefixes(struct mv_insn *out, struct cursor *c) {
   }
 }
 
+/* What VEX and EVEX share: the opcode; outside 64-bit mode eight registers. */
+static void finish_vex(struct mv_insn *out, struct cursor *c) {
+  c->rex_w = out->vex_w;
+  c->pp = out->vex_pp;
+  c->length = out->vex_l;
+  if (out->mode != MV_MODE_64) {
+    c->vvvv &= ~8u;
+    c->rex_r = c->rex_x = c->rex_b = 0;
+  }
+  out->opcode_off = c->pos;
+  out->opcode = c->bytes[c->pos++];
+}
+
 /* VEX, SDM 2A 2.3.5; the cursor is behind C4 or C5. */
 static bool read_vex(struct mv_insn *out, struct cursor *c, bool three) {
   if (!have(c, three ? 3 : 2))
@@ -160,14 +176,30 @@ static bool read_vex(struct mv_insn *out, struct cursor *c, bool three) {
   c->rex_r = ~b1 >> 7 & 1;
   c->rex_x = three ? ~b1 >> 6 & 1 : 0;
   c->rex_b = three ? ~b1 >> 5 & 1 : 0;
-  c->rex_w = out->vex_w;
-  c->pp = out->vex_pp;
-  if (out->mode != MV_MODE_64) { /* eight registers */
-    c->vvvv &= 7;
-    c->rex_r = c->rex_x = c->rex_b = 0;
-  }
-  out->opcode_off = c->pos;
-  out->opcode = c->bytes[c->pos++];
+  finish_vex(out, c);
+  return true;
+}
+
+/* EVEX, SDM 2A 2.7.1; the cursor is behind 62. */
+static bool read_evex(struct mv_insn *out, struct cursor *c) {
+  if (!have(c, 4))
+    return false;
+  uint8_t p0 = c->bytes[c->pos++], p1 = c->bytes[c->pos++], p2 = c->bytes[c->pos++];
+  out->enc = MV_ENC_EVEX;
+  /* Two fixed bits: a wrong one makes it a map that does not exist. */
+  out->map = p0 & 8 || !(p1 & 4) ? 0 : p0 & 7;
+  out->vex_w = p1 >> 7;
+  out->vex_l = p2 >> 5 & 3;
+  out->vex_pp = p1 & 3;
+  out->evex_aaa = p2 & 7;
+  out->evex_z = p2 >> 7;
+  out->evex_b = p2 >> 4 & 1;
+  c->vvvv = (~p1 >> 3 & 15) | (~p2 & 8) << 1;
+  c->rex_r = ~p0 >> 7 & 1;
+  c->rex_x = ~p0 >> 6 & 1;
+  c->rex_b = ~p0 >> 5 & 1;
+  c->evex_r2 = ~p0 >> 4 & 1;
+  finish_vex(out, c);
   return true;
 }
 
@@ -195,11 +227,12 @@ static bool read_opcode(struct mv_insn *out, struct cursor *c, uint8_t byte) {
   return true;
 }
 
-/* Slot of the opcode, or 0 with *known false: no such map. */
+/* The slot of the opcode. */
 static unsigned first_slot(const struct mv_insn *out, const struct cursor *c) {
   if (out->enc == MV_ENC_LEGACY && out->map == 0)
     return SLOT_M0 + out->opcode;
-  unsigned base = out->enc == MV_ENC_LEGACY ? SLOT_LEGACY : SLOT_VEX;
+  static const uint16_t bases[] = {SLOT_LEGACY, SLOT_VEX, SLOT_EVEX};
+  unsigned base = bases[out->enc];
   return base + (out->map - 1) * 1024 + out->opcode * 4 + c->pp;
 }
 
@@ -297,6 +330,11 @@ static bool read_memory(struct mv_insn *out, struct cursor *c, bool vsib) {
     base = sib & 7;
     if (index != 4 || vsib) {
       out->index = index;
+      if (vsib && out->enc == MV_ENC_EVEX &&
+          out->mode == MV_MODE_64) { /* V' is the index's fifth bit */
+        out->index |= c->vvvv & 16;
+        c->vvvv &= 15;
+      }
       out->scale = 1u << (sib >> 6);
     }
   }
@@ -359,6 +397,12 @@ static void place_memory(struct mv_insn *out, const struct mv_row *row, unsigned
                          unsigned size) {
   out->has_mem = true;
   out->mem_access = OPND_ACCESS(operand);
+  if (out->evex_b) { /* broadcast of one element */
+    if (row->attr & A_BCST)
+      size = out->vex_w ? 8 : 4;
+    else
+      size = 2;
+  }
   out->mem_size = size;
   if (row->attr & A_ALIGN)
     out->mem_align = size;
@@ -396,6 +440,13 @@ static unsigned register_size(const struct mv_insn *out, unsigned rule, unsigned
   return rule >= SZ_d_b ? 4 : size;
 }
 
+/* The greatest register that VEX.vvvv may name. */
+static unsigned max_vvvv(const struct mv_insn *out, unsigned operand) {
+  if (OPND_CLASS(operand) == RC_K || out->mode != MV_MODE_64)
+    return 7;
+  return OPND_CLASS(operand) == RC_GPR ? 15 : 31;
+}
+
 /* One operand of the row. */
 static enum mv_decode_status read_operand(struct mv_insn *out, struct cursor *c,
                                           const struct mv_row *row, unsigned operand,
@@ -421,12 +472,16 @@ static enum mv_decode_status read_operand(struct mv_insn *out, struct cursor *c,
     }
     break;
   case PL_G:
+    if (OPND_CLASS(operand) == RC_K && (c->rex_r || c->evex_r2))
+      return MV_DECODE_UD;
     if (gpr)
       place_gpr(out, &out->reg, (out->modrm >> 3 & 7) | c->rex_r << 3, operand, size);
     break;
   case PL_B:
     if (gpr)
       place_gpr(out, &out->vvvv, c->vvvv, operand, size);
+    if (c->vvvv > max_vvvv(out, operand))
+      return MV_DECODE_UD;
     c->vvvv = 0; /* used: see check_vex() */
     break;
   case PL_Z:
@@ -453,20 +508,82 @@ static enum mv_decode_status read_operand(struct mv_insn *out, struct cursor *c,
   return ok ? MV_DECODE_OK : MV_DECODE_SHORT;
 }
 
-/* The row's demands on VEX.W, L and vvvv, SDM 2A 2.3. */
+/* VSIB: an index, registers that differ (SDM 2C VGATHER*, VSCATTER*). */
+static bool check_vsib(const struct mv_insn *out, const struct cursor *c) {
+  unsigned reg = (out->modrm >> 3 & 7) | c->rex_r << 3 | c->evex_r2 << 4;
+  if (!out->sib_off)
+    return false;
+  if (out->enc == MV_ENC_EVEX)
+    return out->mem_access == MV_ACC_W || reg != out->index;
+  unsigned mask = ~c->bytes[out->opcode_off - 1] >> 3 & (out->mode == MV_MODE_64 ? 15 : 7);
+  return reg != out->index && reg != mask && mask != out->index;
+}
+
+/* The row's demands on W, L and vvvv, SDM 2A 2.3, 2.7.11. */
 static bool check_vex(const struct mv_insn *out, const struct cursor *c, uint64_t attr) {
   if ((attr & A_W0 && out->vex_w) || (attr & A_W1 && !out->vex_w))
     return false;
-  if ((attr & A_L0 && out->vex_l) || (attr & A_L1 && !out->vex_l))
+  if ((attr & A_L0 && c->length) || (attr & A_L1 && c->length != 1))
+    return false;
+  if ((attr & A_L12 && !c->length) || (attr & A_L2 && c->length != 2))
     return false;
   if (c->vvvv)
-    return false;                  /* no operand took it */
-  if (out->cls == MV_CLASS_VSIB) { /* destination, index and mask differ */
-    unsigned dst = (out->modrm >> 3 & 7) | c->rex_r << 3;
-    unsigned mask = ~c->bytes[out->opcode_off - 1] >> 3 & (out->mode == MV_MODE_64 ? 15 : 7);
-    return out->sib_off && dst != out->index && dst != mask && mask != out->index;
-  }
+    return false; /* no operand took it */
+  return out->cls != MV_CLASS_VSIB || check_vsib(out, c);
+}
+
+/* Complex arithmetic: the destination is none of the sources (SDM 2C VFMULCPH). */
+static bool check_distinct(const struct mv_insn *out, const struct cursor *c) {
+  unsigned reg = (out->modrm >> 3 & 7) | c->rex_r << 3 | c->evex_r2 << 4;
+  unsigned rm = (out->modrm & 7) | c->rex_b << 3 | c->rex_x << 4;
+  const uint8_t *p = c->bytes + out->opcode_off - 2;
+  unsigned vvvv = (~p[0] >> 3 & 15) | (~p[1] & 8) << 1;
+  if (out->mode != MV_MODE_64)
+    vvvv &= 7;
+  return reg != vvvv && (out->has_mem || reg != rm);
+}
+
+/* Demands on the mask, broadcast and rounding, SDM 2A 2.7.5 to 2.7.8, 2.7.11. */
+static bool check_evex(const struct mv_insn *out, const struct cursor *c, uint64_t attr) {
+  if (attr & A_DISTINCT && !check_distinct(out, c))
+    return false;
+  if (out->evex_aaa ? !(attr & A_K) : (attr & A_KREQ) != 0)
+    return false;
+  if (out->evex_z && (!out->evex_aaa || !(attr & A_Z) || out->mem_access & MV_ACC_W))
+    return false;
+  if (!out->evex_b)
+    return true;
+  if (out->has_mem)
+    return attr & (A_BCST | A_BCST2);
+  return attr & (A_ER | A_SAE);
+}
+
+/* Rounding control takes the place of L: the length is then the greatest. */
+static bool set_length(struct mv_insn *out, struct cursor *c, uint64_t attr) {
+  bool memory = out->modrm >> 6 != 3;
+  if (out->evex_b && !memory && attr & (A_ER | A_SAE))
+    c->length = 2;
+  if (c->length > 2)
+    return false;
+  if (attr & A_LIG)
+    c->length = 0;
   return true;
+}
+
+/* What EVEX adds once the operands are known: compressed disp8 (SDM 2A 2.7.5),
+ * and that masked-off elements do not fault. */
+static void finish_evex(struct mv_insn *out, uint64_t attr) {
+  if (!out->has_mem)
+    return;
+  unsigned scale = out->mem_size;
+  if (attr & A_ELEM)
+    scale = out->vex_w ? 8 : 4;
+  else if (attr & A_ELEMBW)
+    scale = out->vex_w ? 2 : 1;
+  if (out->disp_len == 1)
+    out->disp *= scale;
+  if (out->evex_aaa && out->cls == MV_CLASS_COPY)
+    out->cls = MV_CLASS_MASKED;
 }
 
 /* Demands on ModRM.reg, on the mode and on LOCK. */
@@ -520,8 +637,21 @@ static void set_effects(struct mv_insn *out, const struct mv_row *row) {
     out->gpr_read |= 1u << out->index;
 }
 
-static uint8_t unit_of(const struct mv_insn *out, const struct mv_row *row) {
-  return out->enc == MV_ENC_VEX && row->unit == MV_UNIT_SSE ? MV_UNIT_AVX : row->unit;
+/* Unit and features of the encoding at hand. */
+static void set_feature(struct mv_insn *out, const struct cursor *c, const struct mv_row *row) {
+  out->unit = row->unit;
+  if (out->enc == MV_ENC_EVEX) {
+    out->unit = MV_UNIT_AVX512;
+    out->feature = row->feature[out->vex_w];
+    bool scalar = row->attr & (A_LIG | A_L0);
+    out->feature2 = scalar || c->length == 2 ? MV_FEAT_AVX512F : MV_FEAT_AVX512VL;
+    return;
+  }
+  out->feature = row->feature[out->vex_l];
+  if (out->enc == MV_ENC_VEX && out->unit == MV_UNIT_SSE) {
+    out->unit = MV_UNIT_AVX;
+    out->feature2 = MV_FEAT_AVX;
+  }
 }
 
 /* Everything behind the opcode, as the row says. */
@@ -529,12 +659,12 @@ static enum mv_decode_status read_row(struct mv_insn *out, struct cursor *c,
                                       const struct mv_row *row) {
   out->cls = row->cls;
   out->op = row->op;
-  out->unit = unit_of(out, row);
-  out->feature = row->feature[out->vex_l & 1];
-  out->feature2 = out->unit == MV_UNIT_AVX ? MV_FEAT_AVX : MV_FEAT_BASE;
   out->op_size = operand_size(out, c, row->attr);
   if (row->attr & A_MODRM && !c->modrm_read && !read_modrm(out, c))
     return stopped(out, c);
+  if (out->enc == MV_ENC_EVEX && !set_length(out, c, row->attr))
+    return undefined(out, c);
+  set_feature(out, c, row);
   if (c->modrm_read && out->modrm >> 6 != 3 && !(row->attr & A_NOMOD)) {
     bool ok = out->addr_size == 2 ? read_memory16(out, c)
                                   : read_memory(out, c, row->cls == MV_CLASS_VSIB);
@@ -543,23 +673,29 @@ static enum mv_decode_status read_row(struct mv_insn *out, struct cursor *c,
   }
   unsigned size_log2 = __builtin_ctz(out->op_size);
   for (unsigned i = 0; i < 4 && row->operand[i]; i++) {
-    enum mv_decode_status s = read_operand(out, c, row, row->operand[i], size_log2, out->vex_l);
+    enum mv_decode_status s = read_operand(out, c, row, row->operand[i], size_log2, c->length);
     if (s == MV_DECODE_SHORT)
       return stopped(out, c);
     if (s != MV_DECODE_OK)
       return undefined(out, c);
   }
   out->len = c->pos;
-  if (!check_legacy(out, c, row->attr) || (out->enc == MV_ENC_VEX && !check_vex(out, c, row->attr)))
+  if (!check_legacy(out, c, row->attr) ||
+      (out->enc != MV_ENC_LEGACY && !check_vex(out, c, row->attr)))
     return undefined(out, c);
+  if (out->enc == MV_ENC_EVEX) {
+    if (!check_evex(out, c, row->attr))
+      return undefined(out, c);
+    finish_evex(out, row->attr);
+  }
   set_effects(out, row);
   return MV_DECODE_OK;
 }
 
-/* Is the byte at the cursor a VEX prefix? Outside 64-bit mode C4 and C5 are LES
- * and LDS unless a register form follows. */
+/* Is the byte before the cursor a VEX or EVEX prefix? Outside 64-bit mode C4, C5
+ * and 62 are LES, LDS and BOUND unless a register form follows. */
 static bool is_vex(const struct mv_insn *out, const struct cursor *c, uint8_t byte) {
-  return (byte == 0xc4 || byte == 0xc5) &&
+  return (byte == 0xc4 || byte == 0xc5 || byte == 0x62) &&
          (out->mode == MV_MODE_64 || (have(c, 1) && c->bytes[c->pos] >= 0xc0));
 }
 
@@ -581,11 +717,11 @@ enum mv_decode_status mv_decode(struct mv_insn *out, const uint8_t *bytes, unsig
   out->addr_size = address_size(out);
   uint8_t byte = bytes[c.pos++];
   if (is_vex(out, &c, byte)) {
-    if (!read_vex(out, &c, byte == 0xc4))
+    if (!(byte == 0x62 ? read_evex(out, &c) : read_vex(out, &c, byte == 0xc4)))
       return stopped(out, &c);
     if (out->rex || out->opsize || out->rep || out->repne || out->lock)
       return undefined(out, &c);
-    if (out->map < 1 || out->map > 3)
+    if (out->map < 1 || out->map > (byte == 0x62 ? 6 : 3))
       return undefined(out, &c);
   } else if (!read_opcode(out, &c, byte)) {
     return stopped(out, &c);

@@ -69,6 +69,7 @@ enum mv_size {
   SZ_h,
   SZ_f,
   SZ_e,
+  SZ_xw,  /* half a vector (W0), whole (W1)     */
   SZ_dup, /* vector: whole, half, 1/4, 1/8, MOVDDUP */
   SZ_env,
   SZ_fsave,
@@ -88,32 +89,44 @@ enum mv_size {
 #define OPND_ACCESS_SHIFT   13
 
 /* Attributes of a row. */
-#define A_BYTE   (1ull << 0)  /* operand size 1                                  */
-#define A_LOCK   (1ull << 1)  /* LOCK is legal with a memory destination         */
-#define A_D64    (1ull << 2)  /* 64-bit mode: operand size 8, or 2 with 66       */
-#define A_F64    (1ull << 3)  /* 64-bit mode: operand size 8 always              */
-#define A_I64    (1ull << 4)  /* undefined in 64-bit mode                        */
-#define A_O64    (1ull << 5)  /* defined in 64-bit mode only                     */
-#define A_CC     (1ull << 6)  /* condition in the opcode's low bits              */
-#define A_SHIFT  (1ull << 7)  /* flags are written unless the immediate count is 0 */
-#define A_STRING (1ull << 8)  /* REP counts in RCX and may run no time at all    */
-#define A_MAX4   (1ull << 9)  /* operand size is at most 4                       */
-#define A_SEG    (1ull << 10) /* ModRM.reg is a segment register                 */
-#define A_NOCS   (1ull << 11) /* ... that is not CS                              */
-#define A_NOMOD  (1ull << 12) /* ModRM.mod is ignored: a register                */
-#define A_CR     (1ull << 13) /* ModRM.reg is a control register                 */
-#define A_DR     (1ull << 14) /* ModRM.reg is a debug register                   */
-#define A_W0     (1ull << 15) /* VEX.W, EVEX.W must be 0                         */
-#define A_W1     (1ull << 16) /* must be 1                                       */
-#define A_L0     (1ull << 17) /* VEX.L must be 0                                 */
-#define A_L1     (1ull << 18) /* must be 1                                       */
-#define A_LIG    (1ull << 19) /* is ignored: scalar                              */
-#define A_UNAL   (1ull << 20) /* legacy SSE without alignment check              */
-#define A_ALIGN  (1ull << 21) /* memory must be aligned to its size              */
-#define A_AL16   (1ull << 22) /* ... to 16                                       */
-#define A_AL64   (1ull << 23) /* ... to 64                                       */
-#define A_MODRM  (1ull << 24) /* an operand needs ModRM (set by the row macros)  */
-#define A_GPR    (1ull << 25) /* an operand is a general register (likewise)     */
+#define A_BYTE     (1ull << 0)  /* operand size 1                                  */
+#define A_LOCK     (1ull << 1)  /* LOCK is legal with a memory destination         */
+#define A_D64      (1ull << 2)  /* 64-bit mode: operand size 8, or 2 with 66       */
+#define A_F64      (1ull << 3)  /* 64-bit mode: operand size 8 always              */
+#define A_I64      (1ull << 4)  /* undefined in 64-bit mode                        */
+#define A_O64      (1ull << 5)  /* defined in 64-bit mode only                     */
+#define A_CC       (1ull << 6)  /* condition in the opcode's low bits              */
+#define A_SHIFT    (1ull << 7)  /* flags are written unless the immediate count is 0 */
+#define A_STRING   (1ull << 8)  /* REP counts in RCX and may run no time at all    */
+#define A_MAX4     (1ull << 9)  /* operand size is at most 4                       */
+#define A_SEG      (1ull << 10) /* ModRM.reg is a segment register                 */
+#define A_NOCS     (1ull << 11) /* ... that is not CS                              */
+#define A_NOMOD    (1ull << 12) /* ModRM.mod is ignored: a register                */
+#define A_CR       (1ull << 13) /* ModRM.reg is a control register                 */
+#define A_DR       (1ull << 14) /* ModRM.reg is a debug register                   */
+#define A_W0       (1ull << 15) /* VEX.W, EVEX.W must be 0                         */
+#define A_W1       (1ull << 16) /* must be 1                                       */
+#define A_L0       (1ull << 17) /* VEX.L must be 0                                 */
+#define A_L1       (1ull << 18) /* must be 1                                       */
+#define A_LIG      (1ull << 19) /* is ignored: scalar                              */
+#define A_UNAL     (1ull << 20) /* legacy SSE without alignment check              */
+#define A_ALIGN    (1ull << 21) /* memory must be aligned to its size              */
+#define A_AL16     (1ull << 22) /* ... to 16                                       */
+#define A_AL64     (1ull << 23) /* ... to 64                                       */
+#define A_MODRM    (1ull << 24) /* an operand needs ModRM (set by the row macros)  */
+#define A_K        (1ull << 26) /* EVEX: takes a mask                              */
+#define A_Z        (1ull << 27) /* EVEX: ... zeroing too                           */
+#define A_KREQ     (1ull << 28) /* EVEX: the mask must not be k0                   */
+#define A_BCST     (1ull << 29) /* EVEX: broadcast of 4 (W0) or 8 bytes (W1)       */
+#define A_BCST2    (1ull << 30) /* EVEX: broadcast of 2 bytes                      */
+#define A_ER       (1ull << 31) /* EVEX: embedded rounding                         */
+#define A_SAE      (1ull << 33) /* EVEX: suppresses exceptions                     */
+#define A_L12      (1ull << 34) /* EVEX: 256 or 512 bits                           */
+#define A_L2       (1ull << 35) /* EVEX: 512 bits                                  */
+#define A_ELEM     (1ull << 36) /* EVEX: disp8 counts elements of 4 or 8 bytes     */
+#define A_ELEMBW   (1ull << 37) /* EVEX: ... of 1 or 2                             */
+#define A_DISTINCT (1ull << 38) /* EVEX: destination and sources differ */
+#define A_GPR      (1ull << 25) /* an operand is a general register (likewise)     */
 
 struct mv_row {
   uint64_t attr;
@@ -121,7 +134,7 @@ struct mv_row {
   uint16_t gpr_read, gpr_written; /* implicit ones                           */
   uint16_t flags_read, flags_killed, flags_written;
   uint8_t cls, op, unit;
-  uint8_t feature[2]; /* for VEX.L 0 and 1                                   */
+  uint8_t feature[2]; /* for VEX.L 0 and 1, EVEX.W 0 and 1                   */
 };
 
 extern const uint16_t mv_index[];

@@ -1,8 +1,9 @@
 /*
  * The instruction table: a row for every encoding, and the index over them.
  *
- * The rows stand in insn_int.def (integer, system, x87) and insn_vec.def (MMX
- * to AVX2). These are read several times, each time with other meanings of:
+ * The rows stand in insn_int.def (integer, system, x87), insn_vec.def (MMX to
+ * AVX2) and insn_evex.def (AVX-512). These are read several times, each time with other meanings
+ * of:
  *
  *   SPLIT(slot, KIND, name)  the slot leads to a new group of slots, chosen by
  *                            KIND (enum mv_split)
@@ -17,6 +18,7 @@
  *           LA(map, op), LAR(map, first, last)   with any prefix
  *           LNB(map, op)                  with no prefix or 66
  *           V(map, pp, op)                VEX
+ *           E(map, pp, op)                EVEX, also maps 5 and 6
  *           S(group, i), SR(group, i, j)  in a group; i is ModRM.reg (REG),
  *               0 memory 1 register (MOD), ModRM.rm (RM), W, 0 64-bit 1 else (MODE)
  * operands: as in SDM 2D A.2, in r(), w(), rw(), or adr() if it is no access;
@@ -38,6 +40,8 @@
 #define LNB(m, op)   L_(m, op) + NP... L_(m, op) + P66
 #define V_(m, op)    (SLOT_VEX + ((m)-1) * 1024 + (op)*4)
 #define V(m, pp, op) V_(m, op) + (pp)... V_(m, op) + (pp)
+#define E_(m, op)    (SLOT_EVEX + ((m)-1) * 1024 + (op)*4)
+#define E(m, pp, op) E_(m, op) + (pp)... E_(m, op) + (pp)
 #define S(g, i)      SLOT_##g + (i)... SLOT_##g + (i)
 #define SR(g, i, j)  SLOT_##g + (i)... SLOT_##g + (j)
 
@@ -148,12 +152,30 @@ enum {
 #define MXd  OPND(M, XMM, d)
 #define MXq  OPND(M, XMM, q)
 #define MXdq OPND(M, XMM, dq)
-#define VMy  OPND(M, VSIB, y)
-#define Pq   OPND(G, MMX, q)
-#define Qd   OPND(E, MMX, d)
-#define Qq   OPND(E, MMX, q)
-#define Nq   OPND(U, MMX, q)
-#define MPq  OPND(M, MMX, q)
+#define MXw  OPND(M, XMM, w)
+#define MXqq OPND(M, XMM, qq)
+#define Wqq  OPND(E, XMM, qq)
+#define Wxw  OPND(E, XMM, xw)
+#define Gd   OPND(G, GPR, d)
+#define Rd   OPND(U, GPR, d)
+/* Mask registers. */
+#define Vk  OPND(G, K, 0)
+#define Hk  OPND(B, K, 0)
+#define Uk  OPND(U, K, 0)
+#define WKb OPND(E, K, b)
+#define WKw OPND(E, K, w)
+#define WKd OPND(E, K, d)
+#define WKq OPND(E, K, q)
+#define MKb OPND(M, K, b)
+#define MKw OPND(M, K, w)
+#define MKd OPND(M, K, d)
+#define MKq OPND(M, K, q)
+#define VMy OPND(M, VSIB, y)
+#define Pq  OPND(G, MMX, q)
+#define Qd  OPND(E, MMX, d)
+#define Qq  OPND(E, MMX, q)
+#define Nq  OPND(U, MMX, q)
+#define MPq OPND(M, MMX, q)
 
 /* What can be told of a row while compiling. */
 #define A_INT                 (1ull << 60) /* unit INT in spite of its feature             */
@@ -196,6 +218,7 @@ enum {
   SLOT_GROUPS_before = SLOT_GROUPS - 1,
 #include "insn_int.def"
 #include "insn_vec.def"
+#include "insn_evex.def"
   SLOT_COUNT
 };
 #undef ROW_
@@ -211,6 +234,7 @@ enum { INDEX_BASE = __COUNTER__ };
 const uint16_t mv_index[SLOT_COUNT] = {
 #include "insn_int.def"
 #include "insn_vec.def"
+#include "insn_evex.def"
 };
 #undef ROW_
 #undef LINK
@@ -237,6 +261,7 @@ enum { ROWS_BASE = __COUNTER__ };
 const struct mv_row mv_rows[] = {
 #include "insn_int.def"
 #include "insn_vec.def"
+#include "insn_evex.def"
 };
 #undef ROW_
 const unsigned mv_row_count = sizeof(mv_rows) / sizeof(mv_rows[0]);
@@ -247,6 +272,7 @@ enum { NAMES_BASE = __COUNTER__ };
 static const char names[][20] = {
 #include "insn_int.def"
 #include "insn_vec.def"
+#include "insn_evex.def"
 };
 _Static_assert(sizeof(names) / sizeof(names[0]) == sizeof(mv_rows) / sizeof(mv_rows[0]),
                "every row has a name");
