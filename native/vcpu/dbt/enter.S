@@ -107,7 +107,7 @@ mv_resume:
     .endm
 
     jump mv_jump_kernel, MV_OFF_JC
-    jump mv_jump_user, MV_OFF_JC + 8 * 65536
+    jump mv_jump_user, MV_OFF_JC+8*65536
 
     .globl mv_dbt_enter
     .hidden mv_dbt_enter
