@@ -177,7 +177,7 @@ def evex_cases(bits: int) -> Iterator[bytes]:
         forms = shapes + (group if opmap == 1 and opcode >> 2 == 0x71 >> 2 else [])
         vsib = opmap == 2 and opcode & 0xCC == 0x80  # gathers, scatters and neighbours
         for length in range(4):
-            if n and not EXHAUSTIVE and length != (n + opcode + pp) % 4:
+            if n and not vsib and not EXHAUSTIVE and length != (n + opcode + pp) % 4:
                 continue
             vvvv = 9 if n and not vsib and (n + opcode + pp) % 3 == 0 else 15
             high = not n or (n + opcode) % 4 != 0
