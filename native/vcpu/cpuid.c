@@ -89,8 +89,8 @@
 struct rule {
   uint32_t leaf, subleaf;
   uint8_t reg;
-  uint32_t allow[MV_CPUID_BACKENDS];  /* offered if the source has them        */
-  uint32_t always[MV_CPUID_BACKENDS]; /* offered whatever the source has       */
+  uint32_t allow[2];  /* [KVM], [DBT]: offered if the source has them          */
+  uint32_t always[2]; /* offered whatever the source has                       */
 };
 
 enum { EAX = MV_CPUID_EAX, EBX = MV_CPUID_EBX, ECX = MV_CPUID_ECX, EDX = MV_CPUID_EDX };
@@ -218,9 +218,14 @@ struct build {
 static uint32_t ruled(const struct build *b, uint32_t leaf, uint32_t subleaf, unsigned reg) {
   for (unsigned i = 0; i < sizeof(rules) / sizeof(rules[0]); i++) {
     const struct rule *r = &rules[i];
-    if (r->leaf == leaf && r->subleaf == subleaf && r->reg == reg)
-      return (source_leaf(b->supported, leaf, subleaf)[reg] & r->allow[b->backend]) |
-             r->always[b->backend];
+    if (r->leaf != leaf || r->subleaf != subleaf || r->reg != reg)
+      continue;
+    enum mv_cpuid_backend by = b->backend == MV_CPUID_DBT ? MV_CPUID_DBT : MV_CPUID_KVM;
+    uint32_t bits = source_leaf(b->supported, leaf, subleaf)[reg] & r->allow[by];
+    bits |= r->always[by];
+    if (b->backend == MV_CPUID_BOTH)
+      bits &= r->allow[MV_CPUID_DBT] | r->always[MV_CPUID_DBT];
+    return bits;
   }
   return 0;
 }
@@ -333,7 +338,7 @@ static uint32_t address_sizes(const struct build *b) {
   uint32_t phys = source_leaf(b->supported, 0x80000008u, 0)[EAX] & 0xff;
   if (phys < 36)
     phys = 36;
-  if (b->backend == MV_CPUID_DBT && phys > 46)
+  if (b->backend != MV_CPUID_KVM && phys > 46)
     phys = 46;
   return phys | 48u << 8;
 }

@@ -16,7 +16,8 @@
 
 #define MV_CPUID_ENTRIES_MAX 64
 
-enum mv_cpuid_backend { MV_CPUID_KVM, MV_CPUID_DBT, MV_CPUID_BACKENDS };
+/* Who runs the guest. BOTH: KVM, and the translator may take over: what both offer. */
+enum mv_cpuid_backend { MV_CPUID_KVM, MV_CPUID_DBT, MV_CPUID_BOTH };
 
 /* The hypervisor leaves (Documentation/virt/kvm/x86/cpuid.rst). */
 #define MV_CPUID_HV_BASE     0x40000000u
@@ -31,7 +32,7 @@ struct mv_cpuid_dynamic {
 
 /* Fills `out` with the entries for vCPU `apic_id` of `ncpus` and returns how
  * many there are, or 0 if `max` is too small. `supported` is what
- * KVM_GET_SUPPORTED_CPUID returned (KVM), or NULL: the host's CPUID. */
+ * KVM_GET_SUPPORTED_CPUID returned (KVM, BOTH), or NULL: the host's CPUID. */
 unsigned mv_cpuid_build(struct kvm_cpuid_entry2 *out, unsigned max, enum mv_cpuid_backend backend,
                         unsigned ncpus, unsigned apic_id, const struct kvm_cpuid2 *supported);
 

@@ -156,7 +156,10 @@ static void set_alarm(struct mv_lapic *apic) {
 
 static void arm(struct mv_lapic *apic, uint64_t expiry) {
   apic->expiry = expiry;
-  set_alarm(apic);
+  if (expiry > mv_clock_tsc())
+    set_alarm(apic);
+  else
+    look(apic);
 }
 
 static void start_count(struct mv_lapic *apic, uint32_t count) {

@@ -135,7 +135,6 @@ static int sys_cpuid(struct mv_dbt *d, const struct mv_insn *insn) {
       .cr4 = d->cr4, .xcr0 = d->xcr0, .apic_base = mv_lapic_base(d->lapic)};
   uint32_t r[4], leaf = (uint32_t)d->gpr[MV_RAX];
   (void)insn;
-  mv_system_cpuid_refresh(d);
   mv_cpuid_query(d->sys->cpuid, d->sys->ncpuid, leaf, (uint32_t)d->gpr[MV_RCX], &dyn, r);
   if (leaf == MV_CPUID_HV_TIMING)
     r[MV_CPUID_EAX] = (uint32_t)(mv_clock_hz() / 1000);
@@ -365,12 +364,9 @@ static void note_offered(struct mv_system *s) {
   s->efer_allowed |= r[MV_CPUID_EAX] >> 8 & 1 ? MV_EFER_AUTOIBRS : 0;
 }
 
-void mv_system_cpuid_refresh(struct mv_dbt *d) {
+static void build_cpuid(struct mv_dbt *d) {
   struct mv_system *s = d->sys;
-  unsigned ncpus = d->vm->nvcpus ? d->vm->nvcpus : 1;
-  if (s->ncpus == ncpus)
-    return;
-  s->ncpus = ncpus;
+  unsigned ncpus = d->vm->ncpus ? d->vm->ncpus : 1;
   s->ncpuid =
       mv_cpuid_build(s->cpuid, MV_CPUID_ENTRIES_MAX, MV_CPUID_DBT, ncpus, d->vcpu->id, NULL);
   note_offered(s);
@@ -381,7 +377,7 @@ int mv_system_init(struct mv_dbt *d) {
   d->sys = calloc(1, sizeof(*d->sys));
   if (!d->sys)
     return -ENOMEM;
-  mv_system_cpuid_refresh(d);
+  build_cpuid(d);
   d->lapic = mv_lapic_new(d);
   if (!d->lapic) {
     free(d->sys);

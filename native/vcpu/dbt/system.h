@@ -75,11 +75,11 @@ enum {
 
 #define MV_MTRR_VAR  8 /* pairs that MTRRCAP tells of                         */
 #define MV_MTRR_FIX  11
-#define MV_MSR_EXTRA 32 /* MSRs unknown here that a restored state brought     */
+#define MV_MSR_EXTRA 76 /* MSRs unknown here that a restored state brought     */
 
 struct mv_system {
   struct kvm_cpuid_entry2 cpuid[MV_CPUID_ENTRIES_MAX];
-  unsigned ncpuid, ncpus;
+  unsigned ncpuid;
   bool amd;      /* SYSCALL and SYSENTER differ in compatibility mode     */
   bool fsgsbase; /* offered, likewise below                               */
   bool smap, rdpid, rdtscp, invpcid;
@@ -233,7 +233,5 @@ void mv_pvclock_adopt(struct mv_dbt *d, uint64_t gpa);
 
 /* Reset state; keeps what INIT keeps (SDM 3A table 9-1) if `init`. */
 void mv_system_reset(struct mv_dbt *d, bool init);
-/* CPUID depends on the number of vCPUs: builds the table again if it changed. */
-void mv_system_cpuid_refresh(struct mv_dbt *d);
 
 #endif
