@@ -17,6 +17,7 @@
 
 #include "kvm.h"
 #include "mv/cpuid.h"
+#include "mv/vm.h"
 
 static int set_cpuid(struct mv_vcpu *vcpu) {
   struct mv_vm *vm = vcpu->vm;
@@ -26,7 +27,9 @@ static int set_cpuid(struct mv_vcpu *vcpu) {
     struct kvm_cpuid2 head;
     struct kvm_cpuid_entry2 entry[MV_CPUID_ENTRIES_MAX];
   } cpuid = {0};
-  cpuid.head.nent = mv_cpuid_build(cpuid.entry, MV_CPUID_ENTRIES_MAX, MV_CPUID_KVM,
+  /* A guest that the translator may take over must not use what that has not. */
+  enum mv_cpuid_backend who = vm->handover == MV_HANDOVER_NEVER ? MV_CPUID_KVM : MV_CPUID_BOTH;
+  cpuid.head.nent = mv_cpuid_build(cpuid.entry, MV_CPUID_ENTRIES_MAX, who,
                                    vm->ncpus ? vm->ncpus : 1, vcpu->id, kvm->supported);
   return MV_KVM_IOCTL(vm, k->fd, KVM_SET_CPUID2, &cpuid);
 }

@@ -796,8 +796,7 @@ TEST(port_access_in_user_asks_the_bitmap) {
   EQ(io_port, 0x61);
 }
 
-/* ---- control registers -------------------------------------------------------------------------
- */
+/* ---- control registers ----------------------------------------------------------- */
 
 static void rax(uint64_t v) {
   d->gpr[MV_RAX] = v;
@@ -909,8 +908,7 @@ TEST(xsetbv_checks_components) {
   FAULTS("0f01d0", MV_EXC_GP, 0);
 }
 
-/* ---- segments ----------------------------------------------------------------------------------
- */
+/* ---- segments -------------------------------------------------------------------- */
 
 TEST(mov_to_ss_shadows_interrupts) {
   rax(KSS);
