@@ -145,6 +145,7 @@ static int create(struct mv_vcpu *vcpu) {
   if ((r = fpu_init(d->exec)) || (r = mv_mmu_init(d)) || (r = mv_cache_init(d)) ||
       (r = mv_system_init(d)))
     goto fail;
+  mv_ioapic_connect(vcpu->vm->impl, d->lapic);
   mv_mmu_mode_changed(d);
   return 0;
 fail:
