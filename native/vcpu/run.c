@@ -15,7 +15,13 @@
 int mv_vm_init(struct mv_vm *vm, const struct mv_vcpu_ops *ops) {
   vm->ops = ops;
   vm->failed = NULL;
-  return ops->vm_init(vm);
+  int err = ops->vm_init(vm);
+  if (!err && ops == &mv_kvm_ops && vm->handover != MV_HANDOVER_NEVER) {
+    err = mv_handover_init(vm);
+    if (err)
+      ops->vm_destroy(vm);
+  }
+  return err;
 }
 
 int mv_vm_add_vcpu(struct mv_vm *vm, struct mv_vcpu **out) {
@@ -49,6 +55,7 @@ void mv_vm_destroy(struct mv_vm *vm) {
     free(vcpu);
   }
   vm->nvcpus = 0;
+  mv_handover_free(vm);
   vm->ops->vm_destroy(vm);
 }
 
@@ -81,6 +88,10 @@ void mv_vcpu_run(struct mv_vcpu *vcpu, struct mv_exit_info *out) {
     if (out->reason != MV_EXIT_EMULATE || vcpu->vm->handover == MV_HANDOVER_NEVER)
       return;
     int err = mv_handover_step(vcpu);
+    if (err == -ESHUTDOWN) {
+      *out = (struct mv_exit_info){.reason = MV_EXIT_SHUTDOWN};
+      return;
+    }
     if (err) {
       *out = (struct mv_exit_info){.reason = MV_EXIT_ERROR, .error = err};
       return;

@@ -7,15 +7,15 @@
 
 #include "mv/vm.h"
 
-struct mv_handover_vm;
+struct mv_twin;
 
 /* What run.c keeps for a vCPU. */
 struct mv_run {
   /* Where the vCPU is at home: itself, or its double on the translator. */
   _Atomic(struct mv_vcpu *) active;
-  atomic_bool kicked; /* a kick that no backend has reported yet             */
-  struct mv_handover_vm *handover;
-  unsigned steps; /* instructions handed over so far                         */
+  atomic_bool kicked;   /* a kick that no backend has reported yet             */
+  struct mv_twin *twin; /* handover.c's                                    */
+  unsigned steps;       /* instructions handed over so far                 */
 
   pthread_t thread;
   bool started;
@@ -24,8 +24,13 @@ struct mv_run {
   void *ctx;
 };
 
-/* Executes the instruction at which KVM gave up on the translator. 0 or -errno. */
+/* A VM of KVM: puts a switch before its interrupt lines. 0 or -errno. */
+int mv_handover_init(struct mv_vm *vm);
+void mv_handover_free(struct mv_vm *vm);
+/* Executes the instruction at which KVM gave up on the translator. 0, -ESHUTDOWN (triple fault),
+ * -errno. */
 int mv_handover_step(struct mv_vcpu *vcpu);
+/* Ends a vCPU's double. */
 void mv_handover_destroy(struct mv_vcpu *vcpu);
 
 #endif

@@ -122,6 +122,7 @@ struct mv_vm {
   unsigned ncpus; /* how many there will be (CPUID tells it); 0: one        */
   unsigned nvcpus;
   struct mv_vcpu *vcpu[32];
+  struct mv_handover_vm *over; /* handover.c's, on KVM                      */
   const char *failed; /* what the last error came from; a string constant   */
 };
 

@@ -100,6 +100,8 @@ struct mv_physpage {
 #define MV_CODEPAGE_HASH_BITS 12
 #define MV_BLOCK_INSNS_MAX    32
 
+enum { MV_ONCE_OFF, MV_ONCE_ARMED, MV_ONCE_DONE };
+
 struct mv_dbt_exec {
   /* the cache's memory */
   uint8_t *rw, *rx;
@@ -127,6 +129,7 @@ struct mv_dbt_exec {
   struct mv_exit_info *exit;
   bool irq_waits;      /* for IF: an interrupt came while it was clear         */
   bool stepping;       /* a MV_VAR_STEP block runs                               */
+  uint8_t once;        /* MV_ONCE_*: mv_dbt_step()                               */
   bool step_trap;      /* with TF: #DB follows                                   */
   bool next_single;    /* the next block translated checks each access           */
   uint64_t shadow_rip; /* instruction that d->irq_shadow protects             */

@@ -76,8 +76,9 @@ static int attend(struct mv_dbt *d) {
   struct mv_dbt_exec *x = d->exec;
   if (!atomic_load_explicit(&x->poked, memory_order_relaxed))
     return 0;
-  atomic_store(&x->poked, 0);
+  /* In this order: a poke from here on finds the poll as it is without one.  */
   __atomic_store_n(&d->poll, (uint64_t)(uintptr_t)&d->self, __ATOMIC_SEQ_CST);
+  atomic_store(&x->poked, 0);
   mv_dma_apply(d);
   if (mv_system_irq_ready(d))
     return mv_system_take_irq(d);
@@ -97,7 +98,7 @@ static const void *dispatch(struct mv_dbt *d) {
   for (;;) {
     if (d->irq_shadow && d->rip != x->shadow_rip)
       d->irq_shadow = false;
-    if (must_leave(d))
+    if (must_leave(d) || x->once == MV_ONCE_DONE)
       return leave(d);
     if (irq_let_in(d))
       atomic_store(&x->poked, 1);
@@ -108,7 +109,7 @@ static const void *dispatch(struct mv_dbt *d) {
       x->exit->error = -ENOTSUP; /* 16- and 32-bit code                        */
       return leave(d);
     }
-    bool step = d->eflags & MV_FL_TF || d->irq_shadow;
+    bool step = d->eflags & MV_FL_TF || d->irq_shadow || x->once;
     if (!step && !d->vm->dbt.no_chain)
       return jump(d);
     uint32_t b = mv_cache_get(d, d->rip, step ? MV_VAR_STEP | MV_VAR_SINGLE : MV_VAR_NORMAL);
@@ -133,6 +134,8 @@ int mv_dbt_fault(struct mv_dbt *d) {
     out->exception.cr2 = d->cr2;
     return -1;
   }
+  if (d->exec->once)
+    d->exec->once = MV_ONCE_DONE;
   if (!mv_system_deliver(d))
     return 0;
   out->reason = MV_EXIT_SHUTDOWN;
@@ -148,6 +151,8 @@ static const void *fault(struct mv_dbt *d) {
 static const void *step_done(struct mv_dbt *d) {
   struct mv_dbt_exec *x = d->exec;
   x->stepping = false;
+  if (x->once)
+    x->once = MV_ONCE_DONE;
   if (d->rip != x->shadow_rip || !d->irq_shadow)
     d->irq_shadow = false;
   if (x->step_trap) {
@@ -515,7 +520,7 @@ void mv_dbt_run(struct mv_vcpu *vcpu, struct mv_exit_info *out) {
     return;
   }
   while (out->reason == MV_EXIT_NONE) {
-    if (atomic_exchange(&x->kicked, false)) {
+    if (atomic_exchange(&x->kicked, false) || x->once == MV_ONCE_DONE) {
       out->reason = MV_EXIT_KICKED;
       break;
     }
@@ -544,6 +549,13 @@ void mv_dbt_run(struct mv_vcpu *vcpu, struct mv_exit_info *out) {
   mv_signal_unbind(d);
 }
 
+void mv_dbt_step(struct mv_vcpu *vcpu, struct mv_exit_info *out) {
+  struct mv_dbt_exec *x = ((struct mv_dbt *)vcpu->impl)->exec;
+  x->once = MV_ONCE_ARMED;
+  mv_dbt_run(vcpu, out);
+  x->once = MV_ONCE_OFF;
+}
+
 /* A host signal in translated code: a poll, or a fault of a guest instruction
  * that the host's CPU found. */
 const void *mv_slow_signal(struct mv_dbt *d, uint32_t arg) {
@@ -565,8 +577,10 @@ const void *mv_slow_signal(struct mv_dbt *d, uint32_t arg) {
   d->rip = b->rip + x->map[b->map + i].guest;
   if (d->vm->count)
     d->icount -= (uint64_t)(b->ninsns - i);
-  if (x->sig.trap == MV_EXC_PF && x->sig.addr == (uint64_t)(uintptr_t)mv_signal_guard())
+  if (x->sig.trap == MV_EXC_PF && x->sig.addr == (uint64_t)(uintptr_t)mv_signal_guard()) {
+    atomic_store(&x->poked, 1); /* also if it was attended to meanwhile        */
     return dispatch(d);
+  }
   switch (x->sig.trap) {
   case MV_EXC_DE:
   case MV_EXC_UD:

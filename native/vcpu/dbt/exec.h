@@ -5,6 +5,9 @@
 #include "cache.h"
 
 void mv_dbt_run(struct mv_vcpu *vcpu, struct mv_exit_info *out);
+/* Like run(), for one instruction or one exception delivered. MV_EXIT_KICKED:
+ * there is nothing for the caller. */
+void mv_dbt_step(struct mv_vcpu *vcpu, struct mv_exit_info *out);
 void mv_dbt_fpu_load(struct mv_dbt *d);
 /* Delivers the recorded exception or makes it an exit; nonzero: leave. */
 int mv_dbt_fault(struct mv_dbt *d);

@@ -42,6 +42,9 @@ int mv_kvm_ioctl(struct mv_vm *vm, int fd, unsigned long request, void *arg, con
 int mv_kvm_vm_init(struct mv_vm *vm);
 void mv_kvm_vm_destroy(struct mv_vm *vm);
 int mv_kvm_ioeventfd(struct mv_vm *vm, uint64_t gpa, int fd);
+int mv_kvm_get_ioapic(struct mv_vm *vm, struct kvm_ioapic_state *out);
+/* Guest-physical address behind a virtual one as the vCPU sees it now, or ~0. */
+uint64_t mv_kvm_translate(struct mv_vcpu *vcpu, uint64_t gva);
 
 int mv_kvm_get_state(struct mv_vcpu *vcpu, struct mv_vcpu_state *out);
 int mv_kvm_set_state(struct mv_vcpu *vcpu, const struct mv_vcpu_state *in);

@@ -140,3 +140,11 @@ int mv_kvm_set_state(struct mv_vcpu *vcpu, const struct mv_vcpu_state *in) {
     err = MV_KVM_IOCTL(vm, fd, KVM_SET_MP_STATE, &mp);
   return err;
 }
+
+uint64_t mv_kvm_translate(struct mv_vcpu *vcpu, uint64_t gva) {
+  struct kvm_translation t = {.linear_address = gva};
+  const struct mv_kvm_vcpu *k = vcpu->impl;
+  if (MV_KVM_IOCTL(vcpu->vm, k->fd, KVM_TRANSLATE, &t) || !t.valid)
+    return ~0ULL;
+  return t.physical_address;
+}

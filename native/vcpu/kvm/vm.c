@@ -186,3 +186,11 @@ int mv_kvm_ioeventfd(struct mv_vm *vm, uint64_t gpa, int fd) {
   struct kvm_ioeventfd event = {.addr = gpa, .len = 4, .fd = fd};
   return MV_KVM_IOCTL(vm, kvm->vm_fd, KVM_IOEVENTFD, &event);
 }
+
+int mv_kvm_get_ioapic(struct mv_vm *vm, struct kvm_ioapic_state *out) {
+  const struct mv_kvm *kvm = vm->impl;
+  struct kvm_irqchip chip = {.chip_id = KVM_IRQCHIP_IOAPIC};
+  int err = MV_KVM_IOCTL(vm, kvm->vm_fd, KVM_GET_IRQCHIP, &chip);
+  *out = chip.chip.ioapic;
+  return err;
+}
