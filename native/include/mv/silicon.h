@@ -67,12 +67,14 @@ void mv_si_normalise(uint8_t xsave[MV_SI_XSAVE]);
  * addresses and immediates. */
 struct mv_si_encoding {
   uint16_t row;
-  uint8_t enc; /* MV_ENC_LEGACY or MV_ENC_VEX                            */
+  uint8_t enc; /* MV_ENC_*                                               */
   uint8_t pp;  /* mandatory (or operand size) prefix: 0, 66, F3, F2      */
-  uint8_t map; /* 0..3                                                   */
+  uint8_t map; /* 0..3; EVEX also 5, 6                                   */
   uint8_t opcode;
-  uint8_t modrm; /* reg, and with mod 3 rm, are as the row wants them      */
-  uint8_t w, l;  /* REX.W or VEX.W, VEX.L                                  */
+  uint8_t modrm;     /* reg, and with mod 3 rm, are as the row wants them      */
+  uint8_t w, l;      /* REX.W or VEX.W, VEX.L'L                                */
+  uint8_t vvvv, aaa; /* VEX's third register, EVEX's mask register          */
+  uint8_t b;         /* REX.B: makes XCHG of NOP                            */
   uint8_t has_mem;
 };
 /* Every row in each operand size, vector length, register and memory form.
