@@ -95,8 +95,12 @@ uint64_t rig_read(struct rig *rig, int port, uint64_t addr, unsigned len) {
 void rig_write(struct rig *rig, int port, uint64_t addr, uint64_t value, unsigned len) {
   mv_bus_write(port ? &rig->pio : &rig->mmio, addr, value, len);
 }
-int rig_level(struct rig *rig, unsigned gsi) { return rig->level[gsi]; }
-unsigned rig_edges(struct rig *rig, unsigned gsi) { return rig->edges[gsi]; }
+int rig_level(struct rig *rig, unsigned gsi) {
+  return rig->level[gsi];
+}
+unsigned rig_edges(struct rig *rig, unsigned gsi) {
+  return rig->edges[gsi];
+}
 
 /* Copies the reported ranges as (gpa, len) pairs, forgets them. */
 unsigned rig_written(struct rig *rig, uint64_t *out, unsigned max) {
@@ -110,7 +114,9 @@ unsigned rig_written(struct rig *rig, uint64_t *out, unsigned max) {
 
 /* ---- the loop: a step at a time, or on a thread as in the VMM ------------ */
 
-static void stop(void *ctx) { mv_loop_stop(ctx); }
+static void stop(void *ctx) {
+  mv_loop_stop(ctx);
+}
 
 int rig_step(struct rig *rig) {
   int rc = mv_loop_post(rig->loop, stop, rig->loop);
@@ -123,7 +129,9 @@ static void *loop_main(void *ctx) {
   return NULL;
 }
 
-int rig_start(struct rig *rig) { return -pthread_create(&rig->thread, NULL, loop_main, rig); }
+int rig_start(struct rig *rig) {
+  return -pthread_create(&rig->thread, NULL, loop_main, rig);
+}
 void rig_stop(struct rig *rig) {
   mv_loop_stop(rig->loop);
   pthread_join(rig->thread, NULL);
@@ -276,18 +284,30 @@ struct mv_serial *rig_serial(struct rig *rig, int in_fd) {
   return serial;
 }
 
-static void on_debug_exit(void *ctx, int status) { ((struct rig *)ctx)->debug_exit = status; }
-static void on_reset(void *ctx) { ((struct rig *)ctx)->resets++; }
-static void on_event(void *ctx, uint32_t value) { ((struct rig *)ctx)->event = value; }
+static void on_debug_exit(void *ctx, int status) {
+  ((struct rig *)ctx)->debug_exit = status;
+}
+static void on_reset(void *ctx) {
+  ((struct rig *)ctx)->resets++;
+}
+static void on_event(void *ctx, uint32_t value) {
+  ((struct rig *)ctx)->event = value;
+}
 
 int rig_pc_ports(struct rig *rig) {
   rig->ports = (struct mv_pc_ports){
       .debug_exit = on_debug_exit, .reset = on_reset, .event = on_event, .ctx = rig};
   return mv_pc_ports_add(&rig->ports, &rig->pio);
 }
-int rig_debug_exit(struct rig *rig) { return rig->debug_exit; }
-int rig_resets(struct rig *rig) { return rig->resets; }
-uint32_t rig_event(struct rig *rig) { return rig->event; }
+int rig_debug_exit(struct rig *rig) {
+  return rig->debug_exit;
+}
+int rig_resets(struct rig *rig) {
+  return rig->resets;
+}
+uint32_t rig_event(struct rig *rig) {
+  return rig->event;
+}
 
 /* ---- a bus of nothing but names, for tests of the bus --------------------- */
 
