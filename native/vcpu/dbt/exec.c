@@ -76,7 +76,7 @@ static int attend(struct mv_dbt *d) {
   struct mv_dbt_exec *x = d->exec;
   if (!atomic_load_explicit(&x->poked, memory_order_relaxed))
     return 0;
-  /* In this order: a poke from here on finds the poll as it is without one.  */
+  /* Whoever pokes has said before what for: the looks below find it.         */
   __atomic_store_n(&d->poll, (uint64_t)(uintptr_t)&d->self, __ATOMIC_SEQ_CST);
   atomic_store(&x->poked, 0);
   mv_dma_apply(d);
@@ -487,9 +487,9 @@ static void futex(_Atomic uint32_t *at, int op, uint32_t val, const struct times
 
 void mv_dbt_poke(struct mv_dbt *d) {
   struct mv_dbt_exec *x = d->exec;
+  __atomic_store_n(&d->poll, (uint64_t)(uintptr_t)mv_signal_guard(), __ATOMIC_SEQ_CST);
   if (atomic_exchange(&x->poked, 1) == 0)
     futex(&x->poked, FUTEX_WAKE, 1, NULL);
-  __atomic_store_n(&d->poll, (uint64_t)(uintptr_t)mv_signal_guard(), __ATOMIC_SEQ_CST);
 }
 
 void mv_dbt_recheck(struct mv_dbt *d) {

@@ -152,7 +152,10 @@ static void emit_exit(struct tr *t, unsigned slot, uint64_t rip) {
   link_from(t, slot, rip, e_jmp(&t->e));
 }
 
+/* Not before an instruction that must run: MV_VAR_STEP looks afterwards. */
 static void emit_poll(struct tr *t) {
+  if (t->b->variant & MV_VAR_STEP)
+    return;
   e_load(&t->e, MV_T1, MV_DBT(poll));
   e8(&t->e, 0x45), e8(&t->e, 0x8b), e8(&t->e, 0x3f); /* mov t1d, [t1]         */
 }
