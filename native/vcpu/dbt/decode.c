@@ -19,11 +19,11 @@
 struct cursor {
   const uint8_t *bytes;
   unsigned pos, limit;
-  unsigned pp;                         /* mandatory prefix: NP, P66, PF3, PF2              */
-  unsigned rex_r, rex_x, rex_b, rex_w; /* from REX, VEX or EVEX, as 0 or 1   */
-  unsigned vvvv;                       /* register number (EVEX: 0..31)                    */
-  unsigned evex_r2;                    /* EVEX.R': register 16..31 in ModRM.reg            */
-  unsigned length;                     /* of vectors: 0, 1, 2 for 16, 32, 64 bytes         */
+  uint8_t pp;                         /* mandatory prefix: NP, P66, PF3, PF2            */
+  uint8_t rex_r, rex_x, rex_b, rex_w; /* from REX, VEX or EVEX, as 0 or 1               */
+  uint8_t vvvv;                       /* register number (EVEX: 0..31)                  */
+  uint8_t evex_r2;                    /* EVEX.R': register 16..31 in ModRM.reg          */
+  uint8_t length;                     /* of vectors: 0, 1, 2 for 16, 32, 64 bytes       */
   bool modrm_read;
 };
 
@@ -447,65 +447,75 @@ static unsigned max_vvvv(const struct mv_insn *out, unsigned operand) {
   return OPND_CLASS(operand) == RC_GPR ? 15 : 31;
 }
 
-/* One operand of the row. */
-static enum mv_decode_status read_operand(struct mv_insn *out, struct cursor *c,
-                                          const struct mv_row *row, unsigned operand,
-                                          unsigned size_log2, unsigned length) {
-  unsigned rule = OPND_SIZE(operand);
-  unsigned size = size_table[rule][size_log2][length];
-  bool gpr = OPND_CLASS(operand) == RC_GPR;
-  bool ok = true;
+/* ModRM.rm: memory, or a register. False: the row has no such form. */
+static inline bool read_rm(struct mv_insn *out, const struct cursor *c, const struct mv_row *row,
+                           unsigned size_log2) {
+  unsigned operand = row->rm, rule = OPND_SIZE(operand);
+  unsigned size = size_table[rule][size_log2][c->length];
+  if (out->modrm < 0xc0 && !(row->attr & A_NOMOD)) {
+    place_memory(out, row, operand, size);
+    return OPND_PLACE(operand) != PL_U;
+  }
+  if (OPND_CLASS(operand) == RC_GPR)
+    place_gpr(out, &out->rm, (out->modrm & 7) | c->rex_b << 3, operand,
+              register_size(out, rule, size));
+  return OPND_PLACE(operand) != PL_M;
+}
+
+/* VEX.vvvv. False: there is no such register. */
+static bool read_vvvv(struct mv_insn *out, struct cursor *c, const struct mv_row *row,
+                      unsigned size_log2) {
+  unsigned operand = row->vvvv;
+  if (c->vvvv > max_vvvv(out, operand))
+    return false;
+  if (OPND_CLASS(operand) == RC_GPR)
+    place_gpr(out, &out->vvvv, c->vvvv, operand,
+              size_table[OPND_SIZE(operand)][size_log2][c->length]);
+  c->vvvv = 0; /* used: see check_vex() */
+  return true;
+}
+
+/* An operand behind ModRM. False: out of bytes. */
+static bool read_tail(struct mv_insn *out, struct cursor *c, const struct mv_row *row,
+                      unsigned operand, unsigned size_log2) {
+  unsigned size = size_table[OPND_SIZE(operand)][size_log2][0];
   switch ((enum mv_place)OPND_PLACE(operand)) {
-  case PL_E:
-  case PL_M:
-  case PL_U:
-    if (out->modrm >> 6 != 3 && !(row->attr & A_NOMOD)) {
-      if (OPND_PLACE(operand) == PL_U)
-        return MV_DECODE_UD;
-      place_memory(out, row, operand, size);
-    } else {
-      if (OPND_PLACE(operand) == PL_M)
-        return MV_DECODE_UD;
-      if (gpr)
-        place_gpr(out, &out->rm, (out->modrm & 7) | c->rex_b << 3, operand,
-                  register_size(out, rule, size));
-    }
-    break;
-  case PL_G:
-    if (OPND_CLASS(operand) == RC_K && (c->rex_r || c->evex_r2))
-      return MV_DECODE_UD;
-    if (gpr)
-      place_gpr(out, &out->reg, (out->modrm >> 3 & 7) | c->rex_r << 3, operand, size);
-    break;
-  case PL_B:
-    if (gpr)
-      place_gpr(out, &out->vvvv, c->vvvv, operand, size);
-    if (c->vvvv > max_vvvv(out, operand))
-      return MV_DECODE_UD;
-    c->vvvv = 0; /* used: see check_vex() */
-    break;
-  case PL_Z:
-    place_gpr(out, &out->opreg, (out->opcode & 7) | c->rex_b << 3, operand, size);
-    break;
   case PL_I:
   case PL_J:
-    ok = read_imm(out, c, size, true);
-    break;
+    return read_imm(out, c, size, true);
   case PL_UI:
+    return read_imm(out, c, size, false);
   case PL_L:
-    ok = read_imm(out, c, OPND_PLACE(operand) == PL_L ? 1 : size, false);
-    break;
+    return read_imm(out, c, 1, false);
   case PL_O:
     place_memory(out, row, operand, size);
-    ok = read_disp(out, c, out->addr_size);
-    break;
-  case PL_A:
-    ok = read_imm(out, c, size - 2, false) && read_imm(out, c, 2, false);
-    break;
-  case PL_NONE:
-    break;
+    return read_disp(out, c, out->addr_size);
+  default: /* PL_A */
+    return read_imm(out, c, size - 2, false) && read_imm(out, c, 2, false);
   }
-  return ok ? MV_DECODE_OK : MV_DECODE_SHORT;
+}
+
+/* The row's operands, in the order of their bytes. */
+static inline enum mv_decode_status read_operands(struct mv_insn *out, struct cursor *c,
+                                                  const struct mv_row *row) {
+  unsigned size_log2 = __builtin_ctz(out->op_size);
+  if (row->rm && !read_rm(out, c, row, size_log2))
+    return MV_DECODE_UD;
+  if (OPND_CLASS(row->reg) == RC_GPR)
+    place_gpr(out, &out->reg, (out->modrm >> 3 & 7) | c->rex_r << 3, row->reg,
+              size_table[OPND_SIZE(row->reg)][size_log2][0]);
+  else if (OPND_CLASS(row->reg) == RC_K && (c->rex_r || c->evex_r2))
+    return MV_DECODE_UD;
+  if (row->opreg)
+    place_gpr(out, &out->opreg, (out->opcode & 7) | c->rex_b << 3, row->opreg,
+              size_table[OPND_SIZE(row->opreg)][size_log2][0]);
+  if (row->vvvv && !read_vvvv(out, c, row, size_log2))
+    return MV_DECODE_UD;
+  if (row->tail && !read_tail(out, c, row, row->tail, size_log2))
+    return MV_DECODE_SHORT;
+  if (row->tail2 && !read_tail(out, c, row, row->tail2, size_log2))
+    return MV_DECODE_SHORT;
+  return MV_DECODE_OK;
 }
 
 /* VSIB: an index, registers that differ (SDM 2C VGATHER*, VSCATTER*). */
@@ -671,17 +681,13 @@ static enum mv_decode_status read_row(struct mv_insn *out, struct cursor *c,
     if (!ok)
       return stopped(out, c);
   }
-  unsigned size_log2 = __builtin_ctz(out->op_size);
-  for (unsigned i = 0; i < 4 && row->operand[i]; i++) {
-    enum mv_decode_status s = read_operand(out, c, row, row->operand[i], size_log2, c->length);
-    if (s == MV_DECODE_SHORT)
-      return stopped(out, c);
-    if (s != MV_DECODE_OK)
-      return undefined(out, c);
-  }
+  enum mv_decode_status s = read_operands(out, c, row);
+  if (s != MV_DECODE_OK)
+    return s == MV_DECODE_SHORT ? stopped(out, c) : undefined(out, c);
   out->len = c->pos;
-  if (!check_legacy(out, c, row->attr) ||
-      (out->enc != MV_ENC_LEGACY && !check_vex(out, c, row->attr)))
+  if ((row->attr & A_CHECKED || out->lock) && !check_legacy(out, c, row->attr))
+    return undefined(out, c);
+  if (out->enc != MV_ENC_LEGACY && !check_vex(out, c, row->attr))
     return undefined(out, c);
   if (out->enc == MV_ENC_EVEX) {
     if (!check_evex(out, c, row->attr))
@@ -699,13 +705,26 @@ static bool is_vex(const struct mv_insn *out, const struct cursor *c, uint8_t by
          (out->mode == MV_MODE_64 || (have(c, 1) && c->bytes[c->pos] >= 0xc0));
 }
 
+/* An instruction about which nothing is known. It is copied in words: a call of
+ * memset() would cost more than the copy. */
 static void begin(struct mv_insn *out, int mode) {
-  memset(out, 0, sizeof(*out));
+  static const union {
+    struct mv_insn insn;
+    uint64_t word[sizeof(struct mv_insn) / 8];
+  } blank = {.insn = {.segment = MV_REG_NONE,
+                      .reg = {.reg = MV_REG_NONE},
+                      .rm = {.reg = MV_REG_NONE},
+                      .vvvv = {.reg = MV_REG_NONE},
+                      .opreg = {.reg = MV_REG_NONE},
+                      .base = MV_REG_NONE,
+                      .index = MV_REG_NONE,
+                      .scale = 1}};
+  _Static_assert(sizeof(struct mv_insn) % 8 == 0, "copied in words of 8 bytes");
+  uint64_t *to = (uint64_t *)out;
+#pragma GCC unroll 16
+  for (unsigned i = 0; i < sizeof(blank) / 8; i++)
+    to[i] = blank.word[i];
   out->mode = mode;
-  out->segment = MV_REG_NONE;
-  out->reg.reg = out->rm.reg = out->vvvv.reg = out->opreg.reg = MV_REG_NONE;
-  out->base = out->index = MV_REG_NONE;
-  out->scale = 1;
 }
 
 enum mv_decode_status mv_decode(struct mv_insn *out, const uint8_t *bytes, unsigned avail,

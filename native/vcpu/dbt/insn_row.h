@@ -128,9 +128,13 @@ enum mv_size {
 #define A_DISTINCT (1ull << 38) /* EVEX: destination and sources differ */
 #define A_GPR      (1ull << 25) /* an operand is a general register (likewise)     */
 
+/* Those that check_legacy() looks at. */
+#define A_CHECKED (A_I64 | A_O64 | A_SEG | A_CR | A_DR)
+
 struct mv_row {
   uint64_t attr;
-  uint16_t operand[4];
+  uint16_t rm, reg, vvvv, opreg;  /* operands by place: E M U, G, B, Z          */
+  uint16_t tail, tail2;           /* what follows ModRM: I UI J L O A            */
   uint16_t gpr_read, gpr_written; /* implicit ones                           */
   uint16_t flags_read, flags_killed, flags_written;
   uint8_t cls, op, unit;

@@ -186,6 +186,15 @@ enum {
 #define HAS(rc, a, b, c, d)   (HAS1(a, rc) || HAS1(b, rc) || HAS1(c, rc) || HAS1(d, rc))
 #define MODRM1(o)             (OPND_PLACE(o) >= PL_E && OPND_PLACE(o) <= PL_G)
 #define ROW_MODRM(a, b, c, d) (MODRM1(a) || MODRM1(b) || MODRM1(c) || MODRM1(d) ? A_MODRM : 0)
+/* The operand in a place; the second one of a kind of place. */
+#define IS_RM(o)             (OPND_PLACE(o) >= PL_E && OPND_PLACE(o) <= PL_U)
+#define IS_REG(o)            (OPND_PLACE(o) == PL_G)
+#define IS_VVVV(o)           (OPND_PLACE(o) == PL_B)
+#define IS_OPREG(o)          (OPND_PLACE(o) == PL_Z)
+#define IS_TAIL(o)           (OPND_PLACE(o) >= PL_I)
+#define PICK(is, a, b, c, d) (is(a) ? (a) : is(b) ? (b) : is(c) ? (c) : is(d) ? (d) : 0)
+#define PICK2(is, a, b, c, d)                                                                      \
+  (is(a) ? PICK(is, b, c, d, 0) : is(b) ? PICK(is, c, d, 0, 0) : is(c) ? PICK(is, d, 0, 0, 0) : 0)
 #define ROW_BYTE(a)                                                                                \
   (OPND_SIZE(a) == SZ_b && (OPND_CLASS(a) == RC_GPR || OPND_PLACE(a) == PL_O) ? A_BYTE : 0)
 #define FEAT_UNIT(f)                                                                               \
@@ -246,7 +255,12 @@ const uint16_t mv_index[SLOT_COUNT] = {
 #define ROW_(slot, nm, cl, o, feat, feat1, a, b, c, d, gprs, fl, at)                               \
   [__COUNTER__ - ROWS_BASE] = {                                                                    \
       .attr = (at) | ROW_MODRM(a, b, c, d) | ROW_BYTE(a) | (HAS(GPR, a, b, c, d) ? A_GPR : 0),     \
-      .operand = {a, b, c, d},                                                                     \
+      .rm = PICK(IS_RM, a, b, c, d),                                                               \
+      .reg = PICK(IS_REG, a, b, c, d),                                                             \
+      .vvvv = PICK(IS_VVVV, a, b, c, d),                                                           \
+      .opreg = PICK(IS_OPREG, a, b, c, d),                                                         \
+      .tail = PICK(IS_TAIL, a, b, c, d),                                                           \
+      .tail2 = PICK2(IS_TAIL, a, b, c, d),                                                         \
       .gpr_read = (uint16_t)(gprs),                                                                \
       .gpr_written = (gprs) >> 16,                                                                 \
       .flags_read = (uint16_t)(fl),                                                                \
