@@ -54,6 +54,8 @@ HEADERS: dict[str, frozenset[str] | None] = {
     "vcpu/dbt/insn_row.h": frozenset({"mv_row_count"}),
 }
 
+_INCLUDE_LINES = "".join(f'#include "{header}"\n' for header in HEADERS)
+
 _LINE_MARKER = re.compile(r'# \d+ "([^"]*)"')
 _DEFINE = re.compile(r"#define (MV_\w+) (.+)")
 # An integer constant expression: literals, operators, other macros and enumerators.
@@ -71,14 +73,11 @@ def cdef_from_headers() -> str:
     return typedefs + "\n".join(_declarations(_preprocess()))
 
 
-def _headers() -> list[str]:
-    return [h for h in HEADERS if h != "mv/probe.h" or (NATIVE / "include" / h).exists()]
-
-
 def _preprocess() -> str:
-    includes = "".join(f'#include "{h}"\n' for h in _headers())
     command = [*_compiler(), "-E", "-dD", *_INCLUDES, "-x", "c", "-"]
-    done = subprocess.run(command, input=includes, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=_INCLUDE_LINES, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"cannot preprocess the native headers:\n{done.stderr}")
     return done.stdout
@@ -168,8 +167,7 @@ def build_extension(target: Path, *, sanitize: bool = False) -> Path:
     _run([*shlex.split(make), *(["SAN=1"] if sanitize else [])])
     ffi = FFI()
     ffi.cdef(cdef_from_headers())
-    includes = "".join(f'#include "{h}"\n' for h in _headers())
-    ffi.set_source("microvm._native_ext", includes)
+    ffi.set_source("microvm._native_ext", _INCLUDE_LINES)
     source = build / "_native_ext.c"
     ffi.emit_c_code(str(source))
     target.parent.mkdir(parents=True, exist_ok=True)
