@@ -139,6 +139,8 @@ def main(parsed: Parsed, argv: list[str]) -> int:
             report.write(machine)
         except HostError as second:
             complain(str(second))
+        if parsed.flag("console"):
+            error.console = ""  # it has been shown
         raise error
     report.write(machine)
     return code
