@@ -21,7 +21,8 @@ FORBIDDEN: Verdict = ("forbidden", 13, "/dev/kvm", 0.0, 0.0)
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for /dev/kvm, and a cache of its own."""
     path = tmp_path / "kvm"
-    path.touch(mode=0o660)
+    path.touch()
+    path.chmod(0o660)
     monkeypatch.setattr(accel, "_DEVICE", str(path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return path
@@ -81,7 +82,7 @@ def test_accel_kvm_asked_for_and_unusable_says_what_to_do(
     device: Path, monkeypatch: pytest.MonkeyPatch, verdict: Verdict
 ) -> None:
     measure(monkeypatch, verdict)
-    with pytest.raises(AccelError, match="--accel kvm: .*; ."):
+    with pytest.raises(AccelError, match=r"--accel kvm: .*; ."):
         accel.choose("kvm")
 
 
