@@ -22,6 +22,9 @@ _EVERY = (
     "norandmaps",  # equal addresses from run to run: counts compare, predicted targets hold
     "rcupdate.rcu_expedited=1",  # unmounting, namespaces: no waiting for ticks on few, idle CPUs
 )
+_TUNED = (
+    "dummy.numdummies=0",  # no dummy0, and none of its 70 files in /sys
+)
 _STOCK = (
     "pci=off",  # there is no bus: do not probe for one
     "8250.nr_uarts=1",  # three absent ports cost 300 exits
@@ -38,7 +41,10 @@ _SKIP_EVERY = (
     "slab_late_init",  # 2,500 files in /sys/kernel/slab: 3 M instructions
     "slab_sysfs_init",  # the same before Linux 6.9
 )
-_SKIP_STOCK = (
+_SKIP_TUNED = (
+    "dummy.numdummies=0",  # no dummy0, and none of its 70 files in /sys
+)
+_STOCK = (
     "jent_mod_init",  # tests an entropy source that nobody asks: 130 M instructions
     "trace_eval_init",  # names of constants in ftrace's formats: 90 M
     "ftrace_check_for_weak_functions",  # looks up 50,000 names for ftrace: 90 M
@@ -59,6 +65,7 @@ def default_cmdline(kernel: Kernel, *, virtio: int, verbose: bool = False) -> st
     if kernel.is_tuned:
         if kernel.features & features.ACPI:
             words.append("acpi=off")  # it could, but the MP table is less
+        words += _TUNED
         words += (_mmio_word(index) for index in range(virtio))
     else:
         words += _STOCK
