@@ -22,9 +22,7 @@ _EVERY = (
     "norandmaps",  # equal addresses from run to run: counts compare, predicted targets hold
     "rcupdate.rcu_expedited=1",  # unmounting, namespaces: no waiting for ticks on few, idle CPUs
 )
-_TUNED = (
-    "dummy.numdummies=0",  # no dummy0, and none of its 70 files in /sys
-)
+_TUNED = ("dummy.numdummies=0",)  # no dummy0, and none of its 70 files in /sys
 _STOCK = (
     "pci=off",  # there is no bus: do not probe for one
     "8250.nr_uarts=1",  # three absent ports cost 300 exits
@@ -41,10 +39,7 @@ _SKIP_EVERY = (
     "slab_late_init",  # 2,500 files in /sys/kernel/slab: 3 M instructions
     "slab_sysfs_init",  # the same before Linux 6.9
 )
-_SKIP_TUNED = (
-    "dummy.numdummies=0",  # no dummy0, and none of its 70 files in /sys
-)
-_STOCK = (
+_SKIP_STOCK = (
     "jent_mod_init",  # tests an entropy source that nobody asks: 130 M instructions
     "trace_eval_init",  # names of constants in ftrace's formats: 90 M
     "ftrace_check_for_weak_functions",  # looks up 50,000 names for ftrace: 90 M
