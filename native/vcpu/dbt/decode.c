@@ -501,11 +501,14 @@ static inline enum mv_decode_status read_operands(struct mv_insn *out, struct cu
   unsigned size_log2 = __builtin_ctz(out->op_size);
   if (row->rm && !read_rm(out, c, row, size_log2))
     return MV_DECODE_UD;
-  if (OPND_CLASS(row->reg) == RC_GPR)
+  if (OPND_CLASS(row->reg) == RC_GPR) {
+    if (c->evex_r2)
+      return MV_DECODE_UD; /* no register 16..31 */
     place_gpr(out, &out->reg, (out->modrm >> 3 & 7) | c->rex_r << 3, row->reg,
               size_table[OPND_SIZE(row->reg)][size_log2][0]);
-  else if (OPND_CLASS(row->reg) == RC_K && (c->rex_r || c->evex_r2))
+  } else if (OPND_CLASS(row->reg) == RC_K && (c->rex_r || c->evex_r2)) {
     return MV_DECODE_UD;
+  }
   if (row->opreg)
     place_gpr(out, &out->opreg, (out->opcode & 7) | c->rex_b << 3, row->opreg,
               size_table[OPND_SIZE(row->opreg)][size_log2][0]);
