@@ -58,7 +58,7 @@ struct mv_block {
   uint16_t guest_len;
   uint8_t ninsns, variant;
   uint8_t mode;
-  bool flags_live_in, dead;
+  bool dead;
   uint8_t failures; /* of coalesced checks                                   */
   uint32_t hash_next, page_next[2];
   uint32_t links_in; /* list of links into this block                        */

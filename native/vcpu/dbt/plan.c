@@ -311,7 +311,6 @@ static void flow_flags(struct tr *t) {
       live = (uint16_t)((live & ~in->flags_killed) | in->flags_read);
     t->live[i] = all ? MV_F_ARITH | MV_F_DF : live;
   }
-  t->b->flags_live_in = (t->live[0] & MV_F_ARITH) != 0;
 }
 
 /* Decodes up to a branch, the end of the page or the limit. 0; 1: needs the

@@ -375,26 +375,28 @@ static void emit_rdtsc(struct tr *t, unsigned i) {
 
 /* ======================= a block ======================================== */
 
-/* Compares the number of the mapping seen at a page with the block's own; goes
- * on if they are equal, else jumps to the returned rel32. */
-static uint8_t *emit_guard(struct mv_emit *e, uint64_t gva, unsigned priv, uint32_t codepage,
-                           bool flags_live) {
-  uint32_t off =
-      MV_DBT(itlb[0][0]) + (priv * MV_ITLB_SIZE + ((gva >> 12) & (MV_ITLB_SIZE - 1))) * 4;
-  if (!flags_live) {
-    e8(e, 0x65), e8(e, 0x81); /* cmp dword gs:[off], codepage                 */
-    e_modrm(e, 0, 7, 4);
-    e8(e, 0x25);
-    e32(e, off);
-    e32(e, codepage);
-    return e_jcc(e, 5);
-  }
-  e_mov_rr(e, MV_T1, MV_RCX);
-  emit_half(e, false, MV_RCX, off);
-  e_lea(e, MV_RCX, MV_RCX, MV_REG_NONE, 1, -(int32_t)codepage, true);
+/* Goes on if RCX is zero, else to the returned rel32, with RCX as it was: it is
+ * in T1. No flag is touched: whoever jumps here may need them, also if this
+ * turns out to be the wrong place. */
+static uint8_t *emit_unless_rcx_zero(struct mv_emit *e) {
   e8(e, 0xe3), e8(e, 8); /* jrcxz over the exit                               */
   e_mov_rr(e, MV_RCX, MV_T1);
-  uint8_t *miss = e_jmp(e);
+  return e_jmp(e);
+}
+
+/* RCX = 0 if the mapping seen at the page of `gva` is number `codepage`. */
+static void emit_mapping_differs(struct mv_emit *e, uint64_t gva, unsigned priv,
+                                 uint32_t codepage) {
+  uint32_t off =
+      MV_DBT(itlb[0][0]) + (priv * MV_ITLB_SIZE + ((gva >> 12) & (MV_ITLB_SIZE - 1))) * 4;
+  emit_half(e, false, MV_RCX, off);
+  e_lea(e, MV_RCX, MV_RCX, MV_REG_NONE, 1, -(int32_t)codepage, true);
+}
+
+static uint8_t *emit_guard(struct mv_emit *e, uint64_t gva, unsigned priv, uint32_t codepage) {
+  e_mov_rr(e, MV_T1, MV_RCX);
+  emit_mapping_differs(e, gva, priv, codepage);
+  uint8_t *miss = emit_unless_rcx_zero(e);
   e_mov_rr(e, MV_RCX, MV_T1);
   return miss;
 }
@@ -461,8 +463,7 @@ int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, uns
   b->code = t.x->hot;
   b->map = t.x->nmap;
   if (b->gpa2 && !(b->mode & MV_MODE_UNGUARDED)) { /* the second page is checked */
-    uint8_t *miss =
-        emit_guard(&t.e, b->rip + b->guest_len - 1, priv_of(&t), b->codepage2, b->flags_live_in);
+    uint8_t *miss = emit_guard(&t.e, b->rip + b->guest_len - 1, priv_of(&t), b->codepage2);
     mv_add_cold(&t, COLD_GUARD, miss, (uint32_t)(b - t.x->blocks));
   }
   if (d->vm->count)
@@ -481,16 +482,19 @@ int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, uns
 
 /* ======================= entries ======================================== */
 
+static unsigned priv_of_block(const struct mv_block *b) {
+  return b->mode & MV_MODE_USER ? MV_PRIV_USER : MV_PRIV_KERNEL;
+}
+
 uint32_t mv_emit_guarded_entry(struct mv_dbt *d, struct mv_block *b) {
   struct mv_dbt_exec *x = d->exec;
   struct mv_emit e = {.p = x->rw + x->cold};
-  unsigned priv = b->mode & MV_MODE_USER ? MV_PRIV_USER : MV_PRIV_KERNEL;
-  uint8_t *miss = emit_guard(&e, b->rip, priv, b->codepage, b->flags_live_in);
+  uint32_t entry = x->cold;
+  uint8_t *miss = emit_guard(&e, b->rip, priv_of_block(b), b->codepage);
   e_patch(e_jmp(&e), x->rw + b->code);
   e_patch(miss, e.p);
   e_mov_imm(&e, MV_T1, (uint64_t)(b - x->blocks));
   e_jmp_gs(&e, MV_DBT(tramp[MV_TRAMP_GUARD]));
-  uint32_t entry = x->cold;
   x->cold = (uint32_t)(e.p - x->rw);
   return entry;
 }
@@ -498,35 +502,25 @@ uint32_t mv_emit_guarded_entry(struct mv_dbt *d, struct mv_block *b) {
 uint32_t mv_emit_indirect_entry(struct mv_dbt *d, struct mv_block *b) {
   struct mv_dbt_exec *x = d->exec;
   struct mv_emit e = {.p = x->rw + x->cold};
-  uint32_t to =
-      b->mode & MV_MODE_UNGUARDED ? b->code : mv_cache_guarded_entry(d, (uint32_t)(b - x->blocks));
-  e.p = x->rw + x->cold;
   uint32_t entry = x->cold;
-  uint8_t *miss;
-  if (!b->flags_live_in) {
-    if (fits32((int64_t)b->rip)) {
-      e8(&e, 0x49), e8(&e, 0x81); /* cmp t0, imm32                            */
-      e_modrm(&e, 3, 7, MV_T0);
-      e32(&e, (uint32_t)b->rip);
-    } else {
-      e_mov_imm(&e, MV_T1, b->rip);
-      e_rexw(&e, MV_T1, 0, MV_T0); /* cmp t0, t1                              */
-      e8(&e, 0x39);
-      e_modrm(&e, 3, MV_T1, MV_T0);
-    }
-    miss = e_jcc(&e, 5);
-    e_patch(e_jmp(&e), x->rw + to);
-  } else { /* RCX = T0 - rip, JRCXZ                                            */
-    e_mov_rr(&e, MV_T1, MV_RCX);
+  uint8_t *other = NULL, *wrong;
+  e_mov_rr(&e, MV_T1, MV_RCX);
+  if (fits32((int64_t)-b->rip)) {
+    e_lea(&e, MV_RCX, MV_T0, MV_REG_NONE, 1, (int32_t)-b->rip, false);
+  } else {
     e_mov_imm(&e, MV_RCX, -b->rip);
     e_lea(&e, MV_RCX, MV_RCX, MV_T0, 1, 0, false);
-    e8(&e, 0xe3), e8(&e, 8);
-    e_mov_rr(&e, MV_RCX, MV_T1);
-    miss = e_jmp(&e);
-    e_mov_rr(&e, MV_RCX, MV_T1);
-    e_patch(e_jmp(&e), x->rw + to);
   }
-  e_patch(miss, e.p);
+  wrong = emit_unless_rcx_zero(&e);
+  if (!(b->mode & MV_MODE_UNGUARDED)) {
+    emit_mapping_differs(&e, b->rip, priv_of_block(b), b->codepage);
+    other = emit_unless_rcx_zero(&e);
+  }
+  e_mov_rr(&e, MV_RCX, MV_T1);
+  e_patch(e_jmp(&e), x->rw + b->code);
+  e_patch(wrong, e.p);
+  if (other)
+    e_patch(other, e.p);
   e_jmp_gs(&e, MV_DBT(tramp[MV_TRAMP_INDIRECT]));
   x->cold = (uint32_t)(e.p - x->rw);
   return entry;
