@@ -28,7 +28,8 @@ enum mv_class {
   MV_CLASS_SYSTEM, /* privileged or of system state: a helper does it       */
   MV_CLASS_VSIB,   /* gathers: many memory operands                        */
   MV_CLASS_XSAVE,  /* FXSAVE/XSAVE family: memory of a size set at run time */
-  MV_CLASS_MASKED, /* VMASKMOV, VPMASKMOV, MASKMOVDQU/Q                     */
+  MV_CLASS_MASKED, /* VMASKMOV, VPMASKMOV, MASKMOVDQU/Q; EVEX memory operand
+                      with a mask: masked elements do not fault             */
 };
 
 /* The instructions that someone must recognise by name; all others are
@@ -128,9 +129,11 @@ struct mv_insn {
   /* The memory operand given by ModRM (or moffs: base and index NONE).      */
   bool has_mem;
   uint8_t mem_access; /* MV_ACC_*; 0: address only (LEA, INVLPG, PREFETCH)    */
-  uint16_t mem_size;  /* bytes accessed; 0: depends on state (XSAVE)         */
+  uint16_t mem_size;  /* bytes accessed; 0: depends on state (XSAVE). Class
+                         VSIB: of one element; MASKED: if nothing is masked  */
   uint8_t mem_align;  /* 16/32/64 if the instruction demands it (#GP)        */
-  uint8_t base, index, scale; /* registers or MV_REG_NONE; scale 1, 2, 4, 8   */
+  uint8_t base, index, scale; /* registers or MV_REG_NONE; scale 1, 2, 4, 8.
+                                 Class VSIB: index is a vector register 0..31 */
   int64_t disp;               /* EVEX disp8*N already multiplied             */
   /* First immediate. Data and branch displacements are sign-extended (truncate
    * to the operand's size); control bytes, shift counts, ports, vectors and

@@ -48,10 +48,10 @@ enum mv_place {
 };
 enum mv_regclass { RC_NONE, RC_GPR, RC_XMM, RC_MMX, RC_K, RC_VSIB };
 
-/* Sizes of operands; those from SZ_v on depend on operand size or length. */
+/* Sizes of operands; most names are the manual's. */
 enum mv_size {
-  SZ_0,
-  SZ_b,
+  SZ_0, /* none, or of a size that depends on state                        */
+  SZ_b, /* 1, 2, 4, 8, 16, 32, 10, 512 bytes                               */
   SZ_w,
   SZ_d,
   SZ_q,
@@ -59,24 +59,24 @@ enum mv_size {
   SZ_qq,
   SZ_t,
   SZ_512,
-  SZ_v,
-  SZ_z,
-  SZ_y,
-  SZ_p,
-  SZ_s,
-  SZ_a,
-  SZ_x,
+  SZ_v, /* operand size                                                    */
+  SZ_z, /* operand size, at most 4                                         */
+  SZ_y, /* 8 with W, else 4                                                */
+  SZ_p, /* far pointer                                                     */
+  SZ_s, /* descriptor table register                                       */
+  SZ_a, /* BOUND's pair                                                    */
+  SZ_x, /* vector length; half, quarter, eighth of it                      */
   SZ_h,
   SZ_f,
   SZ_e,
-  SZ_xw,  /* half a vector (W0), whole (W1)     */
-  SZ_dup, /* vector: whole, half, 1/4, 1/8, MOVDDUP */
-  SZ_env,
+  SZ_xw,  /* half a vector (W0), a whole one (W1)                            */
+  SZ_dup, /* MOVDDUP: 8, 32, 64                                              */
+  SZ_env, /* x87 environment, x87 state                                      */
   SZ_fsave,
-  SZ_v_w,
-  SZ_d_b,
+  SZ_v_w, /* register of operand size, memory of 2                           */
+  SZ_d_b, /* register of 4, memory of 1, 2, 4                                */
   SZ_d_w,
-  SZ_d_d, /* register size _ memory size             */
+  SZ_d_d,
   SZ_COUNT
 };
 
@@ -114,19 +114,24 @@ enum mv_size {
 #define A_AL16     (1ull << 22) /* ... to 16                                       */
 #define A_AL64     (1ull << 23) /* ... to 64                                       */
 #define A_MODRM    (1ull << 24) /* an operand needs ModRM (set by the row macros)  */
+#define A_GPR      (1ull << 25) /* an operand is a general register (likewise)     */
 #define A_K        (1ull << 26) /* EVEX: takes a mask                              */
 #define A_Z        (1ull << 27) /* EVEX: ... zeroing too                           */
 #define A_KREQ     (1ull << 28) /* EVEX: the mask must not be k0                   */
 #define A_BCST     (1ull << 29) /* EVEX: broadcast of 4 (W0) or 8 bytes (W1)       */
 #define A_BCST2    (1ull << 30) /* EVEX: broadcast of 2 bytes                      */
 #define A_ER       (1ull << 31) /* EVEX: embedded rounding                         */
-#define A_SAE      (1ull << 33) /* EVEX: suppresses exceptions                     */
-#define A_L12      (1ull << 34) /* EVEX: 256 or 512 bits                           */
-#define A_L2       (1ull << 35) /* EVEX: 512 bits                                  */
-#define A_ELEM     (1ull << 36) /* EVEX: disp8 counts elements of 4 or 8 bytes     */
-#define A_ELEMBW   (1ull << 37) /* EVEX: ... of 1 or 2                             */
-#define A_DISTINCT (1ull << 38) /* EVEX: destination and sources differ */
-#define A_GPR      (1ull << 25) /* an operand is a general register (likewise)     */
+#define A_SAE      (1ull << 32) /* EVEX: suppresses exceptions                     */
+#define A_L12      (1ull << 33) /* EVEX: 256 or 512 bits                           */
+#define A_L2       (1ull << 34) /* EVEX: 512 bits                                  */
+#define A_ELEM     (1ull << 35) /* EVEX: disp8 counts elements of 4 or 8 bytes     */
+#define A_ELEMBW   (1ull << 36) /* EVEX: ... of 1 or 2                             */
+#define A_DISTINCT (1ull << 37) /* EVEX: destination and sources must differ       */
+/* Used by the row macros alone, to find the unit. */
+#define A_INT   (1ull << 60) /* unit INT in spite of its feature                 */
+#define A_FWAIT (1ull << 61)
+#define A_MMX   (1ull << 62) /* unit MMX without an operand that says so         */
+#define A_X87   (1ull << 63) /* unit X87 in spite of its feature                 */
 
 /* Those that check_legacy() looks at. */
 #define A_CHECKED (A_I64 | A_O64 | A_SEG | A_CR | A_DR)
@@ -142,8 +147,8 @@ struct mv_row {
 };
 
 extern const uint16_t mv_index[];
+/* Row 0 is "undefined". */
 extern const struct mv_row mv_rows[];
-/* For tests: rows and their names. Row 0 is "undefined". */
 extern const unsigned mv_row_count;
 
 #endif

@@ -2,8 +2,8 @@
  * The instruction table: a row for every encoding, and the index over them.
  *
  * The rows stand in insn_int.def (integer, system, x87), insn_vec.def (MMX to
- * AVX2) and insn_evex.def (AVX-512). These are read several times, each time with other meanings
- * of:
+ * AVX2) and insn_evex.def (AVX-512). These are read several times, each time
+ * with other meanings of:
  *
  *   SPLIT(slot, KIND, name)  the slot leads to a new group of slots, chosen by
  *                            KIND (enum mv_split)
@@ -22,9 +22,10 @@
  *           S(group, i), SR(group, i, j)  in a group; i is ModRM.reg (REG),
  *               0 memory 1 register (MOD), ModRM.rm (RM), W, 0 64-bit 1 else (MODE)
  * operands: as in SDM 2D A.2, in r(), w(), rw(), or adr() if it is no access;
- *           those that are encoded, in the order of the immediate bytes
+ *           those that are encoded; implicit ones only as gprs
  * gprs:     implicit ones, R_(AX | DX) | W_(CX); rw_() is both
  * flags:    FL(read, killed, written besides)
+ * attributes: A_* of insn_row.h
  *
  * A slot that two rows claim is a compile-time error (-Woverride-init).
  */
@@ -178,10 +179,6 @@ enum {
 #define MPq OPND(M, MMX, q)
 
 /* What can be told of a row while compiling. */
-#define A_INT                 (1ull << 60) /* unit INT in spite of its feature             */
-#define A_FWAIT               (1ull << 61)
-#define A_MMX                 (1ull << 62) /* unit MMX without an operand that says so     */
-#define A_X87                 (1ull << 63) /* unit X87 in spite of its feature             */
 #define HAS1(o, rc)           ((o) != 0 && OPND_CLASS(o) == RC_##rc)
 #define HAS(rc, a, b, c, d)   (HAS1(a, rc) || HAS1(b, rc) || HAS1(c, rc) || HAS1(d, rc))
 #define MODRM1(o)             (OPND_PLACE(o) >= PL_E && OPND_PLACE(o) <= PL_G)
