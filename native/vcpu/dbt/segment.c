@@ -352,7 +352,7 @@ int mv_sys_lar(struct mv_dbt *d, const struct mv_insn *insn) {
   if (ok < 0)
     return -1;
   if (ok)
-    mv_gpr_put(d, mv_modrm_reg(insn), raw >> 32 & 0xf0ff00, insn->op_size);
+    mv_gpr_put(d, mv_modrm_reg(insn), raw >> 32 & 0xffff00, insn->op_size);
   set_zf(d, ok);
   return 0;
 }

@@ -1010,7 +1010,7 @@ TEST(lar_lsl_verr_verw_tell_rights) {
   rax(USS);
   OK("0f02c8"); /* lar ecx, eax */
   EQ(d->flags, MV_F_ZF);
-  EQ(d->gpr[MV_RCX], 0xc0f300);
+  EQ(d->gpr[MV_RCX], 0xcff300);
   OK("0f03c8");
   EQ(d->gpr[MV_RCX], 0xffffffff);
   OK("0f00e8"); /* verw */
