@@ -265,10 +265,14 @@ static int held_add(struct stream *s, const struct iovec *iov, unsigned n, uint6
 }
 
 /* `len` bytes are off our hands. The guest is told in time: when half of its
- * credit would be back. */
+ * window is used. Newer Linux keeps no more under way than its own receive
+ * buffer has room for, whatever credit we give. */
 static void forwarded(struct stream *s, uint32_t len) {
+  uint32_t window = s->buf_alloc < s->peer_buf_alloc ? s->buf_alloc : s->peer_buf_alloc;
   s->fwd_cnt += len;
-  if (s->fwd_cnt - s->fwd_sent >= s->buf_alloc / 2 && s->state == STREAM_OPEN)
+  if (s->state != STREAM_OPEN || (s->shut_guest & SHUT_F_SEND))
+    return;
+  if (s->fwd_cnt - s->fwd_sent >= window / 2)
     vsock_stream_ctl(s, CTL_CREDIT);
 }
 
