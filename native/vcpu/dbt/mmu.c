@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 #include "cache.h"
+#include "system.h"
 
 #define PTE_P    1ull
 #define PTE_W    2ull
@@ -39,7 +40,6 @@ struct mv_dbt_mmu {
   /* Addresses covered by large pages in the TLB, user and kernel half: INVLPG
    * there must look at every entry. */
   uint64_t large_lo[2], large_hi[2];
-  uint64_t phys_mask; /* reserved bits of page-table entries                  */
 };
 
 /* A tag that no address of entry `index` can match: its index bits differ. */
@@ -153,7 +153,6 @@ int mv_mmu_init(struct mv_dbt *d) {
   d->mmu = calloc(1, sizeof *d->mmu);
   if (!d->mmu)
     return -ENOMEM;
-  d->mmu->phys_mask = ~((1ull << 52) - 1) & ~PTE_NX & 0x000fffffffffffffull;
   d->mmu->large_lo[0] = d->mmu->large_lo[1] = ~0ull;
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++)
     for (unsigned i = 0; i < MV_TLB_SIZE; i++)
@@ -209,7 +208,7 @@ int mv_mmu_walk(struct mv_dbt *d, uint64_t gva, unsigned access, bool user, stru
     return mv_dbt_raise_code(d, MV_EXC_GP, 0);
   uint64_t *path[4], rights = PTE_W | PTE_U, nx = 0, pte = d->cr3;
   unsigned n = 0, shift = 39;
-  uint64_t reserved = d->mmu->phys_mask | (d->efer & EFER_NXE ? 0 : PTE_NX);
+  uint64_t reserved = (PTE_ADDR & ~d->sys->phys_mask) | (d->efer & EFER_NXE ? 0 : PTE_NX);
   for (;; shift -= 9) {
     path[n] = entry_at(d, pte, (gva >> shift) & 511);
     if (!path[n]) /* a table outside RAM reads as zeros: not present          */
