@@ -23,7 +23,7 @@
 #include "run.h"
 
 /* After so many single instructions the vCPU moves for good. */
-#define STEPS_MAX 1000
+#define STEPS_MAX 100
 
 struct mv_twin {
   struct mv_vm vm;

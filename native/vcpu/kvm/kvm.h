@@ -20,6 +20,7 @@
 
 struct mv_kvm {
   int dev_fd, vm_fd;
+  bool emulated;   /* there is no hardware behind it: guest code is emulated  */
   bool irqchip;    /* LAPICs and IOAPIC in the kernel; else HLT is an exit    */
   size_t run_size; /* bytes of struct kvm_run and what follows it             */
   struct kvm_cpuid2 *supported;

@@ -19,6 +19,7 @@
 #include "mv/cpuid.h"
 #include "mv/vm.h"
 
+/* A vCPU that may be handed over is offered what the translator offers too. */
 static int set_cpuid(struct mv_vcpu *vcpu) {
   struct mv_vm *vm = vcpu->vm;
   const struct mv_kvm *kvm = vm->impl;

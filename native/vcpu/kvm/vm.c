@@ -4,6 +4,7 @@
  * Everything that the backend relies on is asked for by capability first: an old or partial KVM
  * gives -ENOTSUP and the capability's name, not a failure in the middle of a boot.
  */
+#include <cpuid.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -18,6 +19,8 @@
  * in the hole below 4 GiB, above all our devices. */
 #define IDENTITY_MAP_GPA 0xfffbc000ULL
 #define TSS_GPA          0xfffbd000ULL
+#define VMX_BIT          (1u << 5) /* ECX of leaf 1                                  */
+#define SVM_BIT          (1u << 2) /* ECX of leaf 8000_0001                          */
 #define CPUID_MAX        256
 
 int mv_kvm_ioctl(struct mv_vm *vm, int fd, unsigned long request, void *arg, const char *what) {
@@ -121,6 +124,14 @@ static int read_cpuid(struct mv_vm *vm, struct mv_kvm *kvm) {
   return MV_KVM_IOCTL(vm, kvm->dev_fd, KVM_GET_SUPPORTED_CPUID, kvm->supported);
 }
 
+/* KVM with hardware under it has a processor that says VMX (CPUID 1) or SVM (CPUID 8000_0001). */
+static bool has_hardware(void) {
+  unsigned a, b, vmx = 0, svm = 0, d;
+  __get_cpuid(1, &a, &b, &vmx, &d);
+  __get_cpuid(0x80000001, &a, &b, &svm, &d);
+  return vmx & VMX_BIT || svm & SVM_BIT;
+}
+
 static void set_level(void *ctx, unsigned gsi, int level) {
   const struct mv_kvm *kvm = ctx;
   struct kvm_irq_level line = {.irq = gsi, .level = level};
@@ -160,6 +171,7 @@ int mv_kvm_vm_init(struct mv_vm *vm) {
     goto out;
   ask_for_emulation_exits(kvm->vm_fd);
   kvm->irqchip = !vm->hlt_exits;
+  kvm->emulated = !has_hardware();
   vm->irqchip = (struct mv_irqchip){kvm->irqchip ? set_level : drop_level, kvm};
   /* The handler does nothing: it is there to interrupt KVM_RUN. */
   struct sigaction kick = {.sa_handler = on_kick, .sa_flags = SA_ONSTACK};
