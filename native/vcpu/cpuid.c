@@ -450,20 +450,26 @@ uint64_t mv_cpuid_xcr0(const struct kvm_cpuid_entry2 *entries, unsigned n) {
   return e ? e->eax | (uint64_t)e->edx << 32 : 1;
 }
 
-/* What the translator offers, for the decoder's questions. It does not depend
- * on the number of vCPUs. */
-bool mv_feature_offered(enum mv_feature feature) {
-  static struct kvm_cpuid_entry2 entries[MV_CPUID_ENTRIES_MAX];
-  static unsigned n;
-  static _Atomic int state;
+/* What the translator offers. The decoder asks for every instruction, so the
+ * answers are looked up once. They do not depend on the number of vCPUs. */
+static bool offered[MV_FEAT_COUNT];
+static _Atomic int offered_state; /* 0 unknown, 1 being looked up, 2 known      */
+
+static void look_up_offered(void) {
   int none = 0;
-  if (atomic_load_explicit(&state, memory_order_acquire) != 2) {
-    if (atomic_compare_exchange_strong(&state, &none, 1)) {
-      n = mv_cpuid_build(entries, MV_CPUID_ENTRIES_MAX, MV_CPUID_DBT, 1, 0, NULL);
-      atomic_store_explicit(&state, 2, memory_order_release);
-    }
-    while (atomic_load_explicit(&state, memory_order_acquire) != 2)
-      __builtin_ia32_pause();
+  if (atomic_compare_exchange_strong(&offered_state, &none, 1)) {
+    struct kvm_cpuid_entry2 entries[MV_CPUID_ENTRIES_MAX];
+    unsigned n = mv_cpuid_build(entries, MV_CPUID_ENTRIES_MAX, MV_CPUID_DBT, 1, 0, NULL);
+    for (unsigned i = 0; i < MV_FEAT_COUNT; i++)
+      offered[i] = mv_cpuid_has(entries, n, i);
+    atomic_store_explicit(&offered_state, 2, memory_order_release);
   }
-  return mv_cpuid_has(entries, n, feature);
+  while (atomic_load_explicit(&offered_state, memory_order_acquire) != 2)
+    __builtin_ia32_pause();
+}
+
+bool mv_feature_offered(enum mv_feature feature) {
+  if (__builtin_expect(atomic_load_explicit(&offered_state, memory_order_acquire) != 2, false))
+    look_up_offered();
+  return offered[feature];
 }
