@@ -31,8 +31,8 @@ struct mv_bus {
 };
 
 /* 0, -EINVAL (empty, wraps), -EEXIST (overlap), -ENOSPC. */
-int mv_bus_add(struct mv_bus *bus, uint64_t base, uint64_t size,
-               const struct mv_io_ops *ops, void *dev);
+int mv_bus_add(struct mv_bus *bus, uint64_t base, uint64_t size, const struct mv_io_ops *ops,
+               void *dev);
 /* Unclaimed addresses read as all ones and ignore writes, as on a PC. */
 uint64_t mv_bus_read(struct mv_bus *bus, uint64_t addr, unsigned len);
 void mv_bus_write(struct mv_bus *bus, uint64_t addr, uint64_t value, unsigned len);

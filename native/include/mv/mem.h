@@ -36,8 +36,7 @@ struct mv_mem {
 int mv_mem_add(struct mv_mem *mem, uint64_t gpa, uint64_t size);
 /* Maps `len` bytes of file `fd` at `off` copy-on-write over RAM at `gpa`
  * (all page aligned; len is rounded up to a page).  0 or -errno. */
-int mv_mem_map_file(struct mv_mem *mem, uint64_t gpa, int fd, uint64_t off,
-                    uint64_t len);
+int mv_mem_map_file(struct mv_mem *mem, uint64_t gpa, int fd, uint64_t off, uint64_t len);
 void mv_mem_destroy(struct mv_mem *mem);
 
 /* Host pointer to [gpa, gpa+len), or NULL unless wholly inside one slot. */
