@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 
 from microvm._record import Record
+from microvm.boot.kernel import load_kernel
 from microvm.errors import ConfigError, HostError
 from microvm.images import deb, install
 from microvm.images.kernels import HOST, PULLED, StoredKernel
@@ -173,24 +174,38 @@ def copy_host_kernel(version: str | None = None, root: str = "/") -> StoredKerne
 
     Raises ``ConfigError`` if there is none or it cannot be read.
     """
-    boot = os.path.join(root, "boot")
-    try:
-        names = [name for name in os.listdir(boot) if name.startswith("vmlinuz-")]
-    except OSError:
-        names = []
-    releases = [name.removeprefix("vmlinuz-") for name in names]
-    releases = [r for r in releases if version is None or _matches(r, version)]
+    images = _host_images(root)
+    releases = [r for r in images if version is None or _matches(r, version)]
     if not releases:
-        wanted = f"vmlinuz-{version}*" if version else "vmlinuz-*"
+        wanted = os.path.join(root, "boot", f"vmlinuz-{version}*" if version else "vmlinuz-*")
         raise ConfigError(
-            f"{boot}/{wanted}: no such kernel, and there is no apt to fetch one with:"
+            f"{wanted}: no such kernel, and there is no apt to fetch one with:"
             " give a kernel file with --kernel"
         )
-    releases.sort(key=lambda r: (r == os.uname().release, [int(n) for n in re.findall(r"\d+", r)]))
-    release = releases[-1]
+    running = os.uname().release
+    releases.sort(key=lambda r: (r == running, [int(n) for n in re.findall(r"\d+", r)]))
+    image = images[releases[-1]]
+    release = load_kernel(image).version or releases[-1]  # a file may be called vmlinuz-linux
     files = install.from_files(
-        os.path.join(boot, f"vmlinuz-{release}"),
-        config=os.path.join(boot, f"config-{release}"),
+        image,
+        config=os.path.join(root, "boot", f"config-{release}"),
         tree=ModuleTree(os.path.join(root, "lib/modules", release)),
     )
     return install.install(release, HOST, files)
+
+
+def _host_images(root: str) -> dict[str, str]:
+    """Release to path: /lib/modules/RELEASE/vmlinuz, which anyone may read, before /boot."""
+    places = [
+        (os.path.join(root, "boot"), re.compile(r"vmlinuz-(.+)"), ""),
+        (os.path.join(root, "lib/modules"), re.compile(r"(\d.*)"), "vmlinuz"),
+    ]
+    images: dict[str, str] = {}
+    for folder, pattern, below in places:
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        for name in names:
+            path = os.path.join(folder, name, below) if below else os.path.join(folder, name)
+            match = pattern.fullmatch(name)
+            if match and os.path.isfile(path):
+                images[match[1]] = path
+    return images

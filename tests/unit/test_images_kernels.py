@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from kernel_files import COMPRESSED, bzimage, elf
+from kernel_files import COMPRESSED, MIB, Load, bzimage, elf
 
 from microvm.errors import ConfigError, HostError
 from microvm.images import build, deb, install, kernels, pull
@@ -352,9 +352,13 @@ def test_pull_that_apt_refuses_says_why(tmp_path: Path, monkeypatch: pytest.Monk
         pull.pull_kernel()
 
 
+def release(version: str) -> bytes:
+    return elf((Load(16 * MIB, f"Linux version {version} (x)\0".encode()),))
+
+
 def test_pull_without_apt_copies_the_hosts_kernel(tmp_path: Path) -> None:
-    boot = {"vmlinuz-6.9.1": elf(), "vmlinuz-6.10.2": elf(), "config-6.10.2": b"CONFIG_SMP=y\n"}
-    write_tree(tmp_path / "boot", boot)
+    boot = {"vmlinuz-6.9.1": release("6.9.1"), "vmlinuz-6.10.2": release("6.10.2")}
+    write_tree(tmp_path / "boot", boot | {"config-6.10.2": b"CONFIG_SMP=y\n"})
     write_tree(tmp_path / "lib/modules/6.10.2", {"kernel/virtio_mmio.ko": module()})
     stored = pull.copy_host_kernel(root=str(tmp_path))
     assert (stored.name, stored.origin) == ("6.10.2", kernels.HOST)
@@ -362,6 +366,20 @@ def test_pull_without_apt_copies_the_hosts_kernel(tmp_path: Path) -> None:
     assert pull.copy_host_kernel("6.9", root=str(tmp_path)).name == "6.9.1"
     with pytest.raises(ConfigError, match=r"boot/vmlinuz-5.4\*: no such kernel"):
         pull.copy_host_kernel("5.4", root=str(tmp_path))
+
+
+def test_pull_without_apt_finds_modules_by_the_version_in_the_image(tmp_path: Path) -> None:
+    write_tree(tmp_path / "boot", {"vmlinuz-linux": release("6.10.2-arch1")})
+    write_tree(tmp_path / "lib/modules/6.10.2-arch1", {"kernel/virtio_mmio.ko": module()})
+    stored = pull.copy_host_kernel(root=str(tmp_path))
+    assert stored.name == "6.10.2-arch1"
+    assert len(kernels.modules_for(stored.path)) == 1
+
+
+def test_pull_without_apt_prefers_the_image_beside_the_modules(tmp_path: Path) -> None:
+    write_tree(tmp_path / "boot", {"vmlinuz-6.10.2": b"not readable, say"})
+    write_tree(tmp_path / "lib/modules/6.10.2", {"vmlinuz": release("6.10.2")})
+    assert pull.copy_host_kernel(root=str(tmp_path)).name == "6.10.2"
 
 
 # ---- build -------------------------------------------------------------------------------------
