@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_LINES = 24
+_LINES = 40  # a panic with its call trace
 _WIDTH = 200
 
 

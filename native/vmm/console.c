@@ -7,9 +7,10 @@
  * loses the oldest and holds nobody up, because writes are done by the loop
  * when the descriptor is ready.
  *
- * Every byte passes a look-out for the kernel's own words before it panics.
- * Its first letter occurs nowhere else in it, so after a mismatch the search
- * starts over at the mismatching byte.
+ * Every byte passes a look-out for a kernel's last words: that it panicked, or
+ * that it has halted (one without ACPI knows no way to switch the machine off).
+ * No beginning of such a text occurs again inside of it, so after a mismatch
+ * the search starts over at the mismatching byte.
  */
 #include <errno.h>
 #include <poll.h>
@@ -19,7 +20,15 @@
 #include "vmm.h"
 
 #define RING MV_CTL_CONSOLE_MAX
-static const char panic_text[] = "Kernel panic - not syncing";
+static const struct {
+  const char *text;
+  enum mv_vmm_words means;
+} look_out[MV_VMM_LOOK_OUT] = {
+    {"Kernel panic - not syncing", MV_VMM_PANICKED},
+    {"reboot: Power down", MV_VMM_HALTED},
+    {"reboot: Power off not available", MV_VMM_HALTED},
+    {"reboot: System halted", MV_VMM_HALTED},
+};
 
 void mv_vmm_console_init(struct mv_vmm_console *console, struct mv_vmm *vmm) {
   pthread_mutex_init(&console->lock, NULL);
@@ -27,15 +36,16 @@ void mv_vmm_console_init(struct mv_vmm_console *console, struct mv_vmm *vmm) {
   console->vmm = vmm;
 }
 
-static bool watch_for_panic(struct mv_vmm_console *console, const char *data, size_t len) {
-  for (size_t i = 0; i < len && !console->panicked; i++) {
-    if (data[i] != panic_text[console->matched])
-      console->matched = 0;
-    if (data[i] == panic_text[console->matched])
-      console->matched++;
-    console->panicked = console->matched == sizeof panic_text - 1;
-  }
-  return console->panicked;
+static void watch(struct mv_vmm_console *console, const char *data, size_t len) {
+  for (size_t i = 0; i < len && !console->words; i++)
+    for (unsigned k = 0; k < MV_VMM_LOOK_OUT; k++) {
+      const char *text = look_out[k].text;
+      uint8_t *matched = &console->matched[k];
+      if (data[i] != text[*matched])
+        *matched = 0;
+      if (data[i] == text[*matched] && !text[++*matched])
+        console->words = look_out[k].means;
+    }
 }
 
 /* Copies to the live reader what it will take now. Loop's thread. */
@@ -86,8 +96,9 @@ void mv_vmm_console_write(void *ctx, const void *data, size_t len) {
   struct mv_vmm_console *console = ctx;
   const char *from = data;
   pthread_mutex_lock(&console->lock);
-  bool before = console->panicked;
-  bool panicked = watch_for_panic(console, from, len) && !before;
+  enum mv_vmm_words before = console->words;
+  watch(console, from, len);
+  bool news = console->words != before;
   while (len) {
     size_t at = console->written % RING, n = len < RING - at ? len : RING - at;
     memcpy(console->ring + at, from, n);
@@ -101,8 +112,8 @@ void mv_vmm_console_write(void *ctx, const void *data, size_t len) {
   pthread_mutex_unlock(&console->lock);
   if (copy)
     mv_loop_post(console->vmm->loop, copy_out, console);
-  if (panicked)
-    mv_loop_post(console->vmm->loop, mv_vmm_panicked, console->vmm);
+  if (news)
+    mv_loop_post(console->vmm->loop, mv_vmm_last_words, console->vmm);
 }
 
 void mv_vmm_console_flush(struct mv_vmm_console *console) {
@@ -114,11 +125,11 @@ void mv_vmm_console_flush(struct mv_vmm_console *console) {
   }
 }
 
-bool mv_vmm_console_panicked(struct mv_vmm_console *console) {
+enum mv_vmm_words mv_vmm_console_words(struct mv_vmm_console *console) {
   pthread_mutex_lock(&console->lock);
-  bool panicked = console->panicked;
+  enum mv_vmm_words words = console->words;
   pthread_mutex_unlock(&console->lock);
-  return panicked;
+  return words;
 }
 
 void mv_vmm_console_send(struct mv_vmm_console *console) {

@@ -130,7 +130,7 @@ int mv_vmm_query(struct mv_vmm *vmm, struct mv_vmm_packet *packet) {
 /* A reset or a triple fault after a panic message is how a kernel ends that was
  * told not to wait (panic=-1). vCPU's thread. */
 static void end_unless_panicked(struct mv_vmm *vmm, enum mv_ctl_reason otherwise, int value) {
-  bool panicked = mv_vmm_console_panicked(&vmm->console);
+  bool panicked = mv_vmm_console_words(&vmm->console) == MV_VMM_PANICKED;
   mv_vmm_end(vmm, panicked ? MV_CTL_R_PANIC : otherwise, panicked ? 0 : value, NULL);
 }
 
@@ -161,8 +161,12 @@ static void panic_time_is_over(void *ctx, uint32_t events) {
   mv_vmm_end(ctx, MV_CTL_R_PANIC, 0, NULL);
 }
 
-void mv_vmm_panicked(void *ctx) {
+void mv_vmm_last_words(void *ctx) {
   struct mv_vmm *vmm = ctx;
+  if (mv_vmm_console_words(&vmm->console) == MV_VMM_HALTED) {
+    mv_vmm_end(vmm, MV_CTL_R_POWEROFF, 0, NULL);
+    return;
+  }
   const struct itimerspec in_half_a_second = {.it_value.tv_nsec = 500000000};
   int timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
   if (timer < 0 || timerfd_settime(timer, 0, &in_half_a_second, NULL) ||

@@ -30,14 +30,18 @@ struct mv_vmm;
 
 /* ---- console.c --------------------------------------------------------- */
 
+/* What a kernel says before it says nothing more. */
+enum mv_vmm_words { MV_VMM_NOTHING = 0, MV_VMM_PANICKED, MV_VMM_HALTED };
+#define MV_VMM_LOOK_OUT 4 /* texts that are looked out for                   */
+
 /* The last MV_CTL_CONSOLE_MAX bytes that the guest wrote, a live copy to a
- * descriptor, and a look-out for the kernel's panic message. */
+ * descriptor, and a look-out for the kernel's last words. */
 struct mv_vmm_console {
   pthread_mutex_t lock;
-  uint64_t written; /* bytes ever; ring[written % size] is next              */
-  uint64_t copied;  /* of these, bytes that went to out_fd                   */
-  unsigned matched; /* bytes of the panic message seen in a row              */
-  bool panicked;
+  uint64_t written;                 /* bytes ever; ring[written % size] is next              */
+  uint64_t copied;                  /* of these, bytes that went to out_fd                   */
+  uint8_t matched[MV_VMM_LOOK_OUT]; /* bytes of each text seen in a row     */
+  enum mv_vmm_words words;
   bool copying;     /* a copy is due on the loop                                 */
   struct mv_fd out; /* fd -1: no live copy                                   */
   struct mv_vmm *vmm;
@@ -51,7 +55,7 @@ void mv_vmm_console_write(void *console, const void *data, size_t len);
 int mv_vmm_console_copy_to(struct mv_vmm_console *console, int fd);
 /* Gives the live copy's reader a last chance of about a second. */
 void mv_vmm_console_flush(struct mv_vmm_console *console);
-bool mv_vmm_console_panicked(struct mv_vmm_console *console);
+enum mv_vmm_words mv_vmm_console_words(struct mv_vmm_console *console);
 /* Sends what the ring holds as CONSOLE packets, oldest first. */
 void mv_vmm_console_send(struct mv_vmm_console *console);
 
@@ -124,8 +128,8 @@ int mv_vmm_connect(struct mv_vmm *vmm, struct mv_vmm_packet *packet);
 int mv_vmm_stop(struct mv_vmm *vmm, struct mv_vmm_packet *packet);
 int mv_vmm_query(struct mv_vmm *vmm, struct mv_vmm_packet *packet);
 
-/* The console's look-out found a panic: gives the kernel a moment for its
- * last words, then ends. Loop's thread. */
-void mv_vmm_panicked(void *vmm);
+/* The console's look-out heard a kernel's last words: ends the guest, after a
+ * moment if it panicked and may have more to say. Loop's thread. */
+void mv_vmm_last_words(void *vmm);
 
 #endif
