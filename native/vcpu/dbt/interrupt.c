@@ -254,13 +254,13 @@ static int deliver(struct mv_dbt *d, const struct event *e) {
 static bool is_fault(unsigned vector) {
   const uint32_t others = 1u << MV_EXC_DB | 1u << MV_EXC_NMI | 1u << MV_EXC_BP | 1u << MV_EXC_OF |
                           1u << MV_EXC_DF | 1u << MV_EXC_MC;
-  return !(others >> vector & 1);
+  return vector > 31 || !(others >> vector & 1);
 }
 
 static bool is_contributory(unsigned vector) {
   const uint32_t set =
       1u << MV_EXC_DE | 1u << MV_EXC_TS | 1u << MV_EXC_NP | 1u << MV_EXC_SS | 1u << MV_EXC_GP;
-  return set >> (vector & 31) & 1;
+  return vector < 32 && (set >> vector & 1);
 }
 
 /* Table 6-5: does `second`, met while `first` was delivered, make a double fault? */

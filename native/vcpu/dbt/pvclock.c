@@ -16,13 +16,14 @@ struct wall_clock {
 };
 _Static_assert(sizeof(struct wall_clock) == 12, "msr.rst, MSR_KVM_WALL_CLOCK_NEW");
 
+/* Both are aligned to 4 bytes, msr.rst says; who names another address gets none. */
 struct time_info {
   uint32_t version, pad0;
   uint64_t tsc_timestamp, system_time;
   uint32_t tsc_to_system_mul;
   int8_t tsc_shift;
   uint8_t flags, pad[2];
-};
+} __attribute__((packed, aligned(4)));
 _Static_assert(sizeof(struct time_info) == 32, "msr.rst, MSR_KVM_SYSTEM_TIME_NEW");
 enum { TSC_STABLE = 1 };
 
@@ -53,7 +54,7 @@ static void end_update(uint32_t *version) {
 void mv_pvclock_publish(struct mv_dbt *d, uint64_t gpa) {
   mv_dbt_fpu_save(d);
   struct time_info *t = mv_mem_ptr(&d->vm->mem, gpa, sizeof(*t));
-  if (!t)
+  if (!t || (gpa & 3))
     return;
   begin_update(&t->version);
   t->tsc_timestamp = mv_system_tsc(d);
@@ -66,7 +67,7 @@ void mv_pvclock_publish(struct mv_dbt *d, uint64_t gpa) {
 
 void mv_pvclock_adopt(struct mv_dbt *d, uint64_t gpa) {
   const struct time_info *t = mv_mem_ptr(&d->vm->mem, gpa, sizeof(*t));
-  if (!t || !t->tsc_to_system_mul)
+  if (!t || (gpa & 3) || !t->tsc_to_system_mul)
     return;
   d->sys->clock_tsc = t->tsc_timestamp;
   d->sys->clock_ns = t->system_time;
@@ -77,7 +78,7 @@ void mv_pvclock_wall(struct mv_dbt *d, uint64_t gpa) {
   struct timespec now;
   mv_dbt_fpu_save(d);
   struct wall_clock *w = mv_mem_ptr(&d->vm->mem, gpa, sizeof(*w));
-  if (!w)
+  if (!w || (gpa & 3))
     return;
   clock_gettime(CLOCK_REALTIME, &now);
   uint64_t ns =

@@ -1219,7 +1219,10 @@ TEST(kvmclock_page_outside_ram_is_ignored) {
   EQ(wrmsr(0x4b564d01, 0xfffffffffffff001), 0);
   EQ(wrmsr(0x4b564d01, (RAM_SIZE - 16) | 1), 0);
   EQ(wrmsr(0x4b564d00, 0xfffffffffffffff8), 0);
+  EQ(wrmsr(0x4b564d01, (DATA + 2) | 1), 0);
+  EQ(wrmsr(0x4b564d00, DATA + 1), 0);
   EQ(ram[RAM_SIZE - 1], 0);
+  EQ(get64(DATA), 0);
 }
 
 /* ---- local APIC ------------------------------------------------------------------ */
