@@ -333,6 +333,7 @@ static bool data_send(struct stream *s) {
     total += room[i];
   ssize_t got = stream_fetch(s, iov, niov);
   data_push(s, n, room, got > 0 ? got : 0);
+  mv_vq_signal(&s->vs->dev.vq[QUEUE_RX]); /* the guest reads while we go on */
   if (got == (ssize_t)total)
     s->batch = s->batch * 2 < VSOCK_BATCH ? s->batch * 2 : VSOCK_BATCH;
   else if (got > 0)

@@ -381,6 +381,25 @@ def test_terminal_keeps_its_flags(guest: Guest) -> None:
     stream.expect(Op.SHUTDOWN)  # the terminal is gone
 
 
+def test_terminal_master_is_not_opened_anew(guest: Guest) -> None:
+    """/proc/self/fd of a master is /dev/ptmx, another terminal: the descriptor itself is used."""
+    master, slave = pty.openpty()
+    tty.setraw(slave)
+    stream = guest.open_from_host(in_fd=dup(master), out_fd=dup(master))
+    os.write(slave, b"from the program")
+    assert stream.read(16) == b"from the program"
+    text = os.urandom(1000).hex().encode()
+    stream.send(Op.RW, text)
+    got = b""
+    while len(got) < len(text):
+        got += drain(slave)
+        guest.rig.step()
+    assert got == text
+    assert os.get_blocking(master)
+    os.close(slave)
+    os.close(master)
+
+
 def test_pipe_keeps_its_flags(guest: Guest) -> None:
     in_r, in_w = pipe()
     out_r, out_w = pipe()
