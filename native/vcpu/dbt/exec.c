@@ -96,8 +96,6 @@ static const void *dispatch(struct mv_dbt *d) {
   struct mv_dbt_exec *x = d->exec;
   x->stepping = false;
   for (;;) {
-    if (d->irq_shadow && d->rip != x->shadow_rip)
-      d->irq_shadow = false;
     if (must_leave(d) || x->once == MV_ONCE_DONE)
       return leave(d);
     if (irq_let_in(d))
@@ -115,6 +113,7 @@ static const void *dispatch(struct mv_dbt *d) {
     uint32_t b = mv_cache_get(d, d->rip, step ? MV_VAR_STEP | MV_VAR_SINGLE : MV_VAR_NORMAL);
     if (b) {
       x->stepping = step;
+      d->irq_shadow = false; /* it protects this one instruction             */
       x->step_trap = d->eflags & MV_FL_TF;
       return into(d, x->blocks[b].code);
     }
@@ -153,8 +152,6 @@ static const void *step_done(struct mv_dbt *d) {
   x->stepping = false;
   if (x->once)
     x->once = MV_ONCE_DONE;
-  if (d->rip != x->shadow_rip || !d->irq_shadow)
-    d->irq_shadow = false;
   if (x->step_trap) {
     x->step_trap = false;
     d->dr[6] |= 1u << 14; /* BS, SDM 3B §18.2.3                                */
@@ -299,8 +296,6 @@ const void *mv_slow_insn(struct mv_dbt *d, uint32_t site) {
   }
   if (insn->cls == MV_CLASS_VSIB || insn->cls == MV_CLASS_MASKED)
     return into(d, restart); /* it still has to load its result               */
-  if (d->irq_shadow && d->rip == next)
-    x->shadow_rip = next;
   if (insn->op == MV_OP_WRMSR || insn->op == MV_OP_MOV_CR_WRITE) /* TPR, EOI  */
     mv_dbt_recheck(d);
   if (x->stepping)
