@@ -185,6 +185,12 @@ class Vcpu:
         self._get_state()
         return Stop(_ENDS.get(end) or _EXITS.get(info.reason, "error"), info.error)
 
+    def reload(self) -> None:
+        """Gives `state` to the vCPU and reads it back, without a run."""
+        if err := lib.mv_test_set_state(self._test, self.state):
+            raise self._error("set state", err)
+        self._get_state()
+
     def kick(self) -> None:
         """Ends a run that another thread has begun."""
         lib.mv_test_kick(self._test)
