@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from microvm.cli import entry
 
-from microvm.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    entry()

@@ -457,8 +457,8 @@ class Machine:
             "kernel": {"path": plan.kernel.path, "version": plan.kernel.version} if plan else None,
             "initrds": list(plan.initrds) if plan else None,
             "cmdline": plan.image.cmdline if plan else None,
-            "memory": self.config.memory,
             "cpus": self.config.cpus,
+            "sizes": {"memory": self.config.memory, **(plan.sizes() if plan else {})},
             "timeline": self.timeline,
             "end": {"reason": REASONS.get(end.code, str(end.code)), "value": end.value}
             if end

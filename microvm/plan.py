@@ -33,6 +33,11 @@ class Plan(Record):
     initrds: tuple[str, ...]
     image: BootImage
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the kernel that are mapped, and of the initramfs."""
+        kernel = sum(length for _, length in self.kernel.extents)
+        return {"kernel": kernel, "initrd": sum(os.stat(path).st_size for path in self.initrds)}
+
     def describe(self) -> str:
         """The plan in a few lines, for ``--dry-run``."""
         config = self.config

@@ -17,6 +17,9 @@ Exit code 0: guests run here; 125: something that they need is missing.
 usage: microvm doctor [--format json]
 
 {describe(_OPTIONS)}
+
+  microvm doctor
+  microvm doctor --format json | jq -r '.[] | select(.state == "bad").advice'
 """
 
 _MARKS = {"ok": "ok", "note": "note", "bad": "BAD"}

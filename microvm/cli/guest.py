@@ -11,6 +11,8 @@ from microvm.cli.options import Option, UsageError, whole_number
 from microvm.config import ACCELS, parse_duration, parse_size
 from microvm.errors import GuestGoneError, HostError, MicrovmError
 
+_BOOT_TIMEOUT = 300.0  # seconds without --timeout: far beyond any boot that still gets somewhere
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from microvm import Machine
@@ -119,11 +121,12 @@ def main(parsed: Parsed, argv: list[str]) -> int:
 
     timeout = parsed.values.get("timeout")
     deadline = None if timeout is None else monotonic() + float(str(timeout))
+    boot_timeout = _BOOT_TIMEOUT if timeout is None else timeout
     names = ("memory", "cpus", "accel", "kernel", "initrd", "cmdline", "root", "count")
     options = {name: parsed.values[name] for name in names if name in parsed.values}
     machine = Machine(
         **options,
-        boot_timeout=timeout,
+        boot_timeout=boot_timeout,
         console_fd=2 if parsed.flag("console") else None,
         epoch=PROCESS_START,
     )

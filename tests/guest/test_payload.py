@@ -236,7 +236,7 @@ def test_report_is_json_and_counts_exits(payload, options) -> None:
     report = json.loads(json.dumps(error.report))
     assert report["exits"]["io"] >= 10
     assert report["accel"]["name"] == options["accel"]
-    assert report["memory"] == 64 << 20
+    assert report["sizes"] == {"memory": 64 << 20, "kernel": 4096, "initrd": 0}
 
 
 def test_plan_is_described_without_starting(payload, options) -> None:
