@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -57,8 +58,10 @@ def main() -> None:
         }
         contenders = {OURS: partial(timed, [*ours, "--", "true"])}
         contenders |= {name: partial(timed, argv, qemu.exit_status) for name, argv in peers.items()}
-        walls = rounds.take_turns(contenders, options.rounds, warm_up=1)
+        taken = rounds.take_turns(contenders, options.rounds, warm_up=1)
         phases, work = timeline(ours, Path(scratch) / "report.json")
+    walls = {name: [took.wall for took in some] for name, some in taken.items()}
+    cpus = {name: [took.cpu for took in some] for name, some in taken.items()}
     machine["load_after"] = round(os.getloadavg()[0], 2)
     result: dict[str, object] = {
         "benchmark": "boot",
@@ -71,6 +74,7 @@ def main() -> None:
             "cmdline": plan.image.cmdline,
         },
         "wall_seconds": {name: rounds.spread(values).as_dict() for name, values in walls.items()},
+        "cpu_seconds": {name: rounds.spread(values).as_dict() for name, values in cpus.items()},
         "walls": walls,
         "ratios": {
             name: {
@@ -82,7 +86,7 @@ def main() -> None:
         "phases_ns": phases,
         "work": work,
     }
-    output.publish(result, as_text(result, walls, phases, work), options.json)
+    output.publish(result, as_text(result, walls, cpus, phases, work), options.json)
 
 
 def peer_initrd(initrds: Sequence[str], scratch: Path) -> Path:
@@ -94,30 +98,39 @@ def peer_initrd(initrds: Sequence[str], scratch: Path) -> Path:
     return path
 
 
-def timed(argv: Sequence[str], status: Callable[[int], int] = int) -> float:
-    """Wall-clock seconds from the start of a process to its end.
+@dataclass(frozen=True, slots=True)
+class Took:
+    """Seconds from the start of a process to its end; ``cpu``: of it and all that it waited for."""
+
+    wall: float
+    cpu: float
+
+
+def timed(argv: Sequence[str], status: Callable[[int], int] = int) -> Took:
+    """How long a process takes.
 
     ``status`` makes its return code 0 if all went well. Raises ``BenchError``.
     """
-    start = time.perf_counter()
+    start, before = time.perf_counter(), os.times()
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, text=True
         )
     except subprocess.TimeoutExpired as error:
         raise host.BenchError(f"{argv[0]}: no end after {DEADLINE:.0f} s") from error
-    seconds = time.perf_counter() - start
+    wall, after = time.perf_counter() - start, os.times()
     if status(done.returncode) != 0:
         said = (done.stderr or done.stdout)[-2000:]
         raise host.BenchError(f"{argv[0]}: ended with {done.returncode}: {said}")
-    return seconds
+    cpu = after.children_user + after.children_system
+    return Took(wall=wall, cpu=cpu - before.children_user - before.children_system)
 
 
 def timeline(ours: Sequence[str], report: Path) -> tuple[dict[str, float], dict[str, int]]:
     """Medians of our phases in ns, and what the vCPU did; measured apart from the race."""
     runs: list[dict[str, float]] = []
     for _ in range(TIMELINE_ROUNDS):
-        wall = timed([*ours, "--report", str(report), "--", "true"])
+        wall = timed([*ours, "--report", str(report), "--", "true"]).wall
         told = json.loads(report.read_bytes())
         points = {**told["timeline"], "end": wall * 1e9}
         names = [name for name in (*POINTS, "end") if name in points]
@@ -136,17 +149,19 @@ def timeline(ours: Sequence[str], report: Path) -> tuple[dict[str, float], dict[
 def as_text(
     result: dict[str, object],
     walls: dict[str, list[float]],
+    cpus: dict[str, list[float]],
     phases: dict[str, float],
     work: dict[str, int],
 ) -> str:
     """The table for people."""
     machine, versions, guest = (result[key] for key in ("machine", "versions", "guest"))
     assert isinstance(machine, dict) and isinstance(versions, dict) and isinstance(guest, dict)
-    rows = [["", "median ms", "min", "max", "IQR", "x microvm"]]
+    rows = [["", "median ms", "min", "max", "IQR", "x microvm", "CPU ms"]]
     for name, values in walls.items():
         at = rounds.spread(values)
         cells = [f"{1e3 * value:.1f}" for value in (at.median, at.minimum, at.maximum, at.iqr)]
-        rows.append([name, *cells, f"{rounds.ratio(values, walls[OURS]):.2f}"])
+        cpu = rounds.spread(cpus[name]).median
+        rows.append([name, *cells, f"{rounds.ratio(values, walls[OURS]):.2f}", f"{1e3 * cpu:.0f}"])
     steps = [["phase of ours", "ms"], *([name, f"{ns / 1e6:.1f}"] for name, ns in phases.items())]
     counts = ", ".join(f"{number:,} {name}" for name, number in work.items() if number)
     return (
