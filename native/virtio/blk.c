@@ -19,6 +19,7 @@
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -303,6 +304,17 @@ static void *worker_main(void *arg) {
   return NULL;
 }
 
+/* The process's signals are for other threads. */
+static int worker_start(struct blk *blk) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  int rc = pthread_create(&blk->worker, NULL, worker_main, blk);
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  blk->started = rc == 0;
+  return -rc;
+}
+
 static void blk_reset(struct mv_virtio *dev) {
   struct blk *blk = (struct blk *)dev;
   blk->resetting = true;
@@ -377,8 +389,7 @@ int mv_blk_new(struct mv_virtio **out, const struct mv_virtio_place *at,
     free(blk);
     return rc;
   }
-  rc = -pthread_create(&blk->worker, NULL, worker_main, blk);
-  blk->started = rc == 0;
+  rc = worker_start(blk);
   if (rc) {
     blk_destroy(&blk->dev);
     return rc;

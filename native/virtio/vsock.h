@@ -150,7 +150,7 @@ uint32_t stream_credit(const struct stream *s);
 bool stream_credit_update(struct stream *s, uint32_t buf_alloc, uint32_t fwd_cnt);
 /* True if there is something to send and the guest may be sent it. */
 bool stream_has_data(const struct stream *s);
-/* Reads up to `max` bytes for the guest into iov: prefix first, then in_fd.
+/* Fills iov with bytes for the guest: the prefix first, then in_fd's.
  * Bytes, 0: end of input (in_eof is set), -EAGAIN. */
 ssize_t stream_fetch(struct stream *s, const struct iovec *iov, unsigned n);
 /* Takes `len` bytes from the guest: to out_fd directly, or held. 0, -EPROTO:
