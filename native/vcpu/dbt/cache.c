@@ -113,13 +113,27 @@ static struct mv_physpage *page_of(struct mv_dbt *d, uint64_t gpa) {
   return &d->exec->pages[slot][(gpa - d->vm->mem.slot[slot].gpa) >> 12];
 }
 
+/* The other page that a block depends on: where its last instruction ends, or
+ * where it peeked; [*gpa, *gpa + *len). False: none. */
+static bool other_page(const struct mv_block *b, uint64_t *gpa, uint64_t *len) {
+  if (b->gpa2) {
+    *gpa = b->gpa2;
+    *len = (b->gpa & 0xfff) + b->guest_len - 0x1000;
+    return true;
+  }
+  *gpa = b->peek_gpa;
+  *len = b->peek_len;
+  return b->peek_len && (b->peek_gpa ^ b->gpa) >> 12;
+}
+
 void mv_cache_flush(struct mv_dbt *d) {
   struct mv_dbt_exec *x = d->exec;
+  uint64_t gpa, len;
   for (uint32_t b = 1; b < x->nblocks; b++) {
     struct mv_physpage *p = page_of(d, x->blocks[b].gpa);
     p->mask = p->block = 0;
-    if (x->blocks[b].gpa2) {
-      p = page_of(d, x->blocks[b].gpa2);
+    if (other_page(&x->blocks[b], &gpa, &len)) {
+      p = page_of(d, gpa);
       p->mask = p->block = 0;
     }
   }
@@ -150,8 +164,7 @@ void mv_cache_forget_jumps(struct mv_dbt *d) {
       d->jc[p][i] = d->tramp[MV_TRAMP_INDIRECT];
 }
 
-/* The number of (virtual page, physical page, mode). 0: table full. */
-static uint32_t codepage(struct mv_dbt *d, uint64_t vpage, uint64_t ppage, uint32_t mode) {
+uint32_t mv_cache_codepage(struct mv_dbt *d, uint64_t vpage, uint64_t ppage, uint32_t mode) {
   struct mv_dbt_exec *x = d->exec;
   uint32_t h =
       (uint32_t)((vpage ^ ppage * 31) >> 12 ^ mode * 0x9e5) & ((1u << MV_CODEPAGE_HASH_BITS) - 1);
@@ -266,9 +279,10 @@ void mv_cache_invalidate(struct mv_dbt *d, uint32_t block) {
   while (*at != block)
     at = &x->blocks[*at].hash_next;
   *at = b->hash_next;
+  uint64_t gpa, len;
   page_unlist(d, b->gpa, block, 0);
-  if (b->gpa2)
-    page_unlist(d, b->gpa2, block, 1);
+  if (other_page(b, &gpa, &len))
+    page_unlist(d, gpa, block, 1);
   unsigned priv = b->mode & MV_MODE_USER ? MV_PRIV_USER : MV_PRIV_KERNEL;
   uint64_t *jc = &d->jc[priv][b->rip & (MV_JC_SIZE - 1)];
   if (b->indirect_entry && *jc == (uint64_t)(uintptr_t)(x->rx + b->indirect_entry))
@@ -302,10 +316,15 @@ static void page_written(struct mv_dbt *d, struct mv_physpage *p, uint64_t ppage
     struct mv_block *b = &x->blocks[i];
     bool first = (b->gpa & ~0xfffull) == ppage;
     next = b->page_next[first ? 0 : 1];
-    uint64_t begin = first ? b->gpa & 0xfff : 0;
-    uint64_t end =
-        first ? (b->gpa & 0xfff) + b->guest_len : (b->gpa & 0xfff) + b->guest_len - 0x1000;
-    if (off < end && off + len > begin)
+    uint64_t at = b->gpa & 0xfff, n = b->guest_len, peek = b->peek_gpa & 0xfff;
+    if (!first) {
+      uint64_t gpa;
+      other_page(b, &gpa, &n);
+      at = gpa & 0xfff;
+    }
+    bool peeked = b->peek_len && (b->peek_gpa & ~0xfffull) == ppage && off < peek + b->peek_len &&
+                  off + len > peek;
+    if (peeked || (off < at + n && off + len > at))
       mv_cache_invalidate(d, i);
   }
 }
@@ -333,6 +352,15 @@ static void codepage_drop(struct mv_dbt *d, uint32_t id) {
   }
 }
 
+bool mv_cache_probe_global(struct mv_dbt *d, uint64_t rip, struct mv_walk *w) {
+  uint8_t vector = d->exc_vector; /* a failed walk must raise nothing          */
+  uint64_t cr2 = d->cr2;
+  bool ok = mv_mmu_walk(d, rip, MV_ACC_X, false, w) == 0 && w->global && w->hva;
+  d->exc_vector = vector;
+  d->cr2 = cr2;
+  return ok;
+}
+
 /* Walks of one verification: kernel code lies in few large pages. */
 struct walk_memo {
   uint64_t region; /* of 2 MiB, or ~0                                         */
@@ -345,11 +373,7 @@ static bool still_mapped(struct mv_dbt *d, const struct mv_codepage *c, struct w
   if (m->region == c->vpage >> 21)
     return m->gpa + (c->vpage & 0x1fffff) == c->ppage;
   struct mv_walk w;
-  uint8_t vector = d->exc_vector; /* a failed walk must raise nothing here     */
-  uint64_t cr2 = d->cr2;
-  bool ok = mv_mmu_walk(d, c->vpage, MV_ACC_X, false, &w) == 0 && w.global;
-  d->exc_vector = vector;
-  d->cr2 = cr2;
+  bool ok = mv_cache_probe_global(d, c->vpage, &w);
   if (ok && w.large)
     *m = (struct walk_memo){c->vpage >> 21, w.gpa - (c->vpage & 0x1fffff)};
   return ok && (w.gpa & ~0xfffull) == c->ppage;
@@ -434,7 +458,7 @@ static uint32_t translate(struct mv_dbt *d, uint64_t rip, const struct mv_walk *
       mode2 |= MV_MODE_UNGUARDED;
     b->mode &= (uint8_t)(mode2 | ~MV_MODE_UNGUARDED); /* as guarded as the weaker one */
     uint64_t vpage2 = (rip | 0xfff) + 1;
-    b->codepage2 = codepage(d, vpage2, gpa2, mode2);
+    b->codepage2 = mv_cache_codepage(d, vpage2, gpa2, mode2);
     unsigned priv = mode & MV_MODE_USER ? MV_PRIV_USER : MV_PRIV_KERNEL;
     d->itlb[priv][(vpage2 >> 12) & (MV_ITLB_SIZE - 1)] = b->codepage2;
     mv_translate(d, b, bytes, avail, w2.hva);
@@ -444,10 +468,12 @@ static uint32_t translate(struct mv_dbt *d, uint64_t rip, const struct mv_walk *
   uint32_t h = block_hash(rip, b->gpa);
   b->hash_next = x->hash[h];
   x->hash[h] = id;
-  unsigned first = b->gpa2 ? avail : b->guest_len;
-  page_enlist(d, b->gpa, first, id, 0);
-  if (b->gpa2)
-    page_enlist(d, b->gpa2, b->guest_len - first, id, 1);
+  uint64_t gpa, len;
+  page_enlist(d, b->gpa, b->gpa2 ? avail : b->guest_len, id, 0);
+  if (other_page(b, &gpa, &len))
+    page_enlist(d, gpa, len, id, 1);
+  else if (b->peek_len)
+    page_of(d, b->peek_gpa)->mask |= mask_of(b->peek_gpa & 0xfff, b->peek_len);
   d->vcpu->stats.translated_blocks++;
   d->vcpu->stats.translated_insns += b->ninsns;
   return id;
@@ -482,7 +508,7 @@ uint32_t mv_cache_get(struct mv_dbt *d, uint64_t rip, enum mv_variant variant) {
   uint64_t vpage = rip & ~0xfffull, ppage = w.gpa & ~0xfffull;
   if (!has_room(x))
     mv_cache_flush(d);
-  uint32_t cp = codepage(d, vpage, ppage, mode);
+  uint32_t cp = mv_cache_codepage(d, vpage, ppage, mode);
   unsigned priv = mode & MV_MODE_USER ? MV_PRIV_USER : MV_PRIV_KERNEL;
   d->itlb[priv][(vpage >> 12) & (MV_ITLB_SIZE - 1)] = cp;
   uint32_t id = find(x, rip, w.gpa, mode, variant);

@@ -50,6 +50,8 @@ struct mv_link {
 
 struct mv_block {
   uint64_t rip, gpa, gpa2; /* gpa2: page of the bytes past the first page, or 0 */
+  uint64_t peek_gpa;       /* bytes that were looked at for the flags they read (plan.c) */
+  uint16_t peek_len;
   uint32_t code, code_end; /* offsets in the cache                           */
   uint32_t guarded_entry;  /* 0: not made yet                                */
   uint32_t indirect_entry; /* 0: not made yet                                */
@@ -132,7 +134,6 @@ struct mv_dbt_exec {
   uint8_t once;        /* MV_ONCE_*: mv_dbt_step()                               */
   bool step_trap;      /* with TF: #DB follows                                   */
   bool next_single;    /* the next block translated checks each access           */
-  uint64_t shadow_rip; /* instruction that d->irq_shadow protects             */
   uint8_t *fpu;        /* XSAVE image, 64-byte aligned                           */
   uint64_t fpu_mask;
   unsigned fpu_size;
@@ -152,6 +153,8 @@ struct mv_dbt_exec {
     uint64_t gpa, len;
   } dma[64];
 };
+
+struct mv_walk;
 
 int mv_cache_init(struct mv_dbt *d);
 void mv_cache_destroy(struct mv_dbt *d);
@@ -176,6 +179,10 @@ void mv_cache_forget_mapping(struct mv_dbt *d, uint64_t gva, bool large);
 /* Forget who jumps where, after a change of mode. */
 void mv_cache_forget_jumps(struct mv_dbt *d);
 void mv_cache_invalidate(struct mv_dbt *d, uint32_t block);
+/* The number of (virtual page, physical page, mode). 0: table full. */
+uint32_t mv_cache_codepage(struct mv_dbt *d, uint64_t vpage, uint64_t ppage, uint32_t mode);
+/* Is RIP in a global kernel page of RAM? Fills *w; raises nothing. */
+bool mv_cache_probe_global(struct mv_dbt *d, uint64_t rip, struct mv_walk *w);
 /* Entry for indirect jumps to a block; for direct jumps from another page. */
 uint32_t mv_cache_indirect_entry(struct mv_dbt *d, uint32_t block);
 uint32_t mv_cache_guarded_entry(struct mv_dbt *d, uint32_t block);

@@ -151,8 +151,9 @@ static void emit_check_tlb(struct tr *t, struct access *a, struct cold *c, unsig
 /* In a bounce block C checks, reads the operand and puts it into d->bounce. */
 static void emit_bounce_in(struct tr *t, unsigned i, struct access *a) {
   uint32_t site = mv_add_site(t, i, 0);
+  a->run_acc = a->acc;
   t->x->sites[site].size = a->size;
-  t->x->sites[site].access = a->run_acc;
+  t->x->sites[site].access = a->acc;
   t->x->sites[site].align = t->insn[i].mem_align;
   e_mov_imm(&t->e, MV_T1, site);
   e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_BOUNCE_IN]));
@@ -161,55 +162,68 @@ static void emit_bounce_in(struct tr *t, unsigned i, struct access *a) {
   a->at = 0;
 }
 
-int32_t mv_emit_access(struct tr *t, unsigned i, unsigned k) {
+/* Is the operand's address known now, and the operand within a page? */
+static bool constant_address(struct tr *t, unsigned i, const struct access *a, uint64_t *ea) {
+  const struct mv_insn *in = &t->insn[i];
+  if (a->base != MV_REG_NONE || in->segment != MV_REG_NONE || in->index != MV_REG_NONE ||
+      in->op == MV_OP_BT_MEM_REG || (in->base != MV_REG_RIP && in->base != MV_REG_NONE))
+    return false;
+  *ea = (uint64_t)in->disp + (in->base == MV_REG_RIP ? next_rip(t, i) : 0);
+  if (in->addr_size == 4)
+    *ea = (uint32_t)*ea;
+  return (*ea & 0xfff) + a->size <= 4096;
+}
+
+/* T0 = address of access k of instruction i, or of its run. */
+static void emit_address(struct tr *t, unsigned i, const struct access *a) {
+  const struct mv_insn *in = &t->insn[i];
+  struct mv_emit *e = &t->e;
+  if (a->base != MV_REG_NONE) {
+    if (guest_scratch(a->base))
+      e_load(e, MV_T0, MV_DBT_GPR(a->base));
+    e_lea(e, MV_T0, guest_scratch(a->base) ? MV_T0 : a->base, MV_REG_NONE, 1, a->run_lo + a->moved,
+          false);
+  } else {
+    emit_ea(t, i, a->modrm && in->op == MV_OP_POP && in->base == MV_RSP ? in->op_size : 0);
+  }
+}
+
+static void emit_access_bounce(struct tr *t, unsigned i, struct access *a) {
+  bool bit = t->insn[i].op == MV_OP_BT_MEM_REG && a->modrm;
+  emit_address(t, i, a);
+  if (bit && flags_live(t, i))
+    mv_emit_flags_save(&t->e);
+  if (bit)
+    emit_bit_offset(t, i);
+  if (bit && flags_live(t, i))
+    mv_emit_flags_restore(&t->e);
+  emit_bounce_in(t, i, a);
+}
+
+void mv_emit_check(struct tr *t, unsigned at, unsigned i, unsigned k) {
   struct access *a = &t->acc[i][k];
   const struct mv_insn *in = &t->insn[i];
   struct mv_emit *e = &t->e;
-  if (!a->starts)
-    return a->at;
-
   uint32_t restart = here(t);
-  unsigned size = a->size;
-  bool live = (t->live[i] & MV_F_ARITH) != 0;
-  bool constant = false;
+  bool live = flags_live(t, at);
+  unsigned size = a->base != MV_REG_NONE ? a->run_size : a->size;
   uint64_t ea = 0;
-  if (a->base != MV_REG_NONE) {
-    size = a->run_size;
-    if (guest_scratch(a->base))
-      e_load(e, MV_T0, MV_DBT_GPR(a->base));
-    e_lea(e, MV_T0, guest_scratch(a->base) ? MV_T0 : a->base, MV_REG_NONE, 1, a->run_lo, false);
-  } else {
+  bool constant = constant_address(t, i, a, &ea);
+  a->checked = true;
+  if (a->base == MV_REG_NONE)
     a->run_acc = a->acc;
-    if (in->segment == MV_REG_NONE && in->index == MV_REG_NONE && in->op != MV_OP_BT_MEM_REG &&
-        (in->base == MV_REG_RIP || in->base == MV_REG_NONE)) {
-      ea = (uint64_t)in->disp + (in->base == MV_REG_RIP ? next_rip(t, i) : 0);
-      if (in->addr_size == 4)
-        ea = (uint32_t)ea;
-      constant = (ea & 0xfff) + size <= 4096 && !(t->b->variant & MV_VAR_BOUNCE);
-    }
-    if (!constant)
-      emit_ea(t, i, a->modrm && in->op == MV_OP_POP && in->base == MV_RSP ? in->op_size : 0);
-  }
-  /* Flags that the bit offset clobbers are saved before it. */
-  if (live && !(t->b->variant & MV_VAR_BOUNCE))
+  if (!constant)
+    emit_address(t, i, a);
+  if (live)
     mv_emit_flags_save(e);
-  if (in->op == MV_OP_BT_MEM_REG && a->modrm) {
-    if (live && t->b->variant & MV_VAR_BOUNCE)
-      mv_emit_flags_save(e);
+  if (in->op == MV_OP_BT_MEM_REG && a->modrm)
     emit_bit_offset(t, i);
-    if (live && t->b->variant & MV_VAR_BOUNCE)
-      mv_emit_flags_restore(e);
-  }
-  if (t->b->variant & MV_VAR_BOUNCE) {
-    emit_bounce_in(t, i, a);
-    return a->at;
-  }
 
-  uint32_t site = mv_add_site(t, i, restart);
+  uint32_t site = mv_add_site(t, at, restart);
   struct mv_site *s = &t->x->sites[site];
   s->size = (uint16_t)size;
   s->access = a->run_acc;
-  s->flags = size != a->size || a->run_acc != a->acc ? MV_SITE_COALESCED : 0;
+  s->flags = size != a->size || a->run_acc != a->acc || at != i ? MV_SITE_COALESCED : 0;
   s->align = in->mem_align;
   struct cold *c = mv_add_cold(t, COLD_MEM, NULL, site);
   c->flags_saved = live;
@@ -219,6 +233,14 @@ int32_t mv_emit_access(struct tr *t, unsigned i, unsigned k) {
     emit_check_tlb(t, a, c, size);
   if (live)
     mv_emit_flags_restore(e);
+}
+
+int32_t mv_emit_access(struct tr *t, unsigned i, unsigned k) {
+  struct access *a = &t->acc[i][k];
+  if (a->starts && !a->checked && t->b->variant & MV_VAR_BOUNCE)
+    emit_access_bounce(t, i, a);
+  else if (a->starts && !a->checked)
+    mv_emit_check(t, i, i, k);
   return a->at;
 }
 

@@ -9,6 +9,8 @@
 #include "translate.h"
 #include "mv/features.h"
 
+#define PEEK_INSNS 8 /* of the code after a block, for its flags              */
+
 /* ======================= looking at instructions ======================== */
 
 unsigned mv_scratch_operands(const struct mv_insn *in) {
@@ -263,13 +265,46 @@ static bool run_join(struct run *r, struct access *a, unsigned i) {
   return true;
 }
 
+/* May the check of an access move up over instruction p? *moved: what its base
+ * register moves by there. */
+static bool hoists_over(struct tr *t, unsigned p, const struct access *a, const struct mv_insn *in,
+                        int32_t *moved) {
+  if (t->nacc[p] || t->kind[p] > KIND_LEA || !keeps_t0(t, p))
+    return false;
+  *moved = 0;
+  if (a->base != MV_REG_NONE)
+    return moves_by(&t->insn[p], a->base, moved);
+  unsigned used = (in->base <= 15 ? 1u << in->base : 0) | (in->index <= 15 ? 1u << in->index : 0);
+  return !(t->insn[p].gpr_written & used);
+}
+
+/* Where flags are live at an access, makes its check earlier, where they are
+ * not: above a CMP whose flags a branch after the access reads. */
+static void hoist_check(struct tr *t, unsigned i) {
+  struct access *a = &t->acc[i][0];
+  const struct mv_insn *in = &t->insn[i];
+  int32_t moved = 0, by;
+  if (!a->starts || !flags_live(t, i) || in->op == MV_OP_BT_MEM_REG)
+    return;
+  for (unsigned j = i; j > 0 && hoists_over(t, j - 1, a, in, &by);) {
+    j--;
+    moved += by;
+    if (flags_live(t, j))
+      continue;
+    t->hoist[j] = (uint8_t)(i + 1);
+    a->moved = moved;
+    for (; j < i; j++)
+      t->t0_busy[j] = true;
+    return;
+  }
+}
+
 /* Decides which accesses share a check. */
 static void plan_runs(struct tr *t) {
   struct run r = {0};
   bool coalesce = !t->b->variant && !t->d->vm->dbt.no_coalesce && !t->b->failures;
   for (unsigned i = 0; i < t->n; i++) {
     const struct mv_insn *in = &t->insn[i];
-    list_accesses(t, i);
     if (!keeps_t0(t, i))
       run_close(t, &r);
     for (unsigned k = 0; k < t->nacc[i]; k++) {
@@ -294,14 +329,84 @@ static void plan_runs(struct tr *t) {
     }
   }
   run_close(t, &r);
+  for (unsigned i = 1; coalesce && i < t->n; i++)
+    if (t->nacc[i])
+      hoist_check(t, i);
 }
 
 /* ======================= flags, decoding ================================ */
 
-/* Which flags are live before each instruction; backwards. */
-static void flow_flags(struct tr *t) {
-  uint16_t live = MV_F_ARITH | MV_F_DF;
-  bool all = t->d->vm->dbt.no_flags_live;
+/* Bytes of code at `rip` that the block may be made to depend on: of its own
+ * page, or of one other global kernel page. NULL: none. */
+static const uint8_t *peek_bytes(struct tr *t, uint64_t rip, uint64_t *gpa) {
+  struct mv_block *b = t->b;
+  uint64_t off = rip & 0xfff;
+  if ((rip ^ b->rip) >> 12 == 0) {
+    *gpa = (b->gpa & ~0xfffull) + off;
+    if (b->peek_len && (b->peek_gpa ^ *gpa) >> 12)
+      return NULL;
+    return t->page + off;
+  }
+  struct mv_walk w;
+  if (!(b->mode & MV_MODE_UNGUARDED) || b->peek_len || !mv_cache_probe_global(t->d, rip, &w))
+    return NULL;
+  *gpa = w.gpa;
+  b->codepage2 = mv_cache_codepage(t->d, rip & ~0xfffull, w.gpa & ~0xfffull, b->mode);
+  return w.hva + off;
+}
+
+/* The block depends on these bytes, too. */
+static void peek_note(struct mv_block *b, uint64_t gpa, unsigned len) {
+  uint64_t lo = b->peek_len && b->peek_gpa < gpa ? b->peek_gpa : gpa;
+  uint64_t end = gpa + len, old = b->peek_gpa + b->peek_len;
+  b->peek_len = (uint16_t)((b->peek_len && old > end ? old : end) - lo);
+  b->peek_gpa = lo;
+}
+
+/* Arithmetic flags that the code at `rip` may read before it overwrites them:
+ * none, or (not known) all. */
+static uint16_t peek_flags(struct tr *t, uint64_t rip) {
+  uint64_t gpa;
+  const uint8_t *p = peek_bytes(t, rip, &gpa);
+  unsigned at = 0, avail = 0x1000 - (rip & 0xfff);
+  uint16_t open = MV_F_ARITH;
+  struct mv_insn in;
+  for (unsigned n = 0; p && n < PEEK_INSNS; n++) {
+    if (mv_decode(&in, p + at, avail - at, MV_MODE_64) != MV_DECODE_OK ||
+        (in.cls != MV_CLASS_COPY && in.cls != MV_CLASS_STACK) || in.flags_read & open)
+      break;
+    at += in.len;
+    open &= (uint16_t)~in.flags_killed;
+    if (open)
+      continue;
+    peek_note(t->b, gpa, at);
+    return 0;
+  }
+  return MV_F_ARITH;
+}
+
+/* Flags live at the end of the block. */
+static uint16_t flags_after(struct tr *t) {
+  const struct mv_insn *in = &t->insn[t->n - 1];
+  uint64_t next = next_rip(t, t->n - 1), target = next + (uint64_t)in->imm;
+  if (t->b->variant || t->b->gpa2 || t->kind[t->n - 1] > KIND_BRANCH)
+    return MV_F_ARITH;
+  if (t->kind[t->n - 1] < KIND_BRANCH)
+    return peek_flags(t, next);
+  switch (in->op) {
+  case MV_OP_JMP_REL:
+  case MV_OP_CALL_REL:
+    return peek_flags(t, target);
+  case MV_OP_JCC:
+    return peek_flags(t, target) | peek_flags(t, next);
+  default:
+    return MV_F_ARITH;
+  }
+}
+
+/* Which flags are live before each instruction, given those at the end. */
+static void flow_flags(struct tr *t, uint16_t live) {
+  live |= MV_F_DF;
   t->live[t->n] = live;
   for (unsigned i = t->n; i-- > 0;) {
     const struct mv_insn *in = &t->insn[i];
@@ -309,7 +414,24 @@ static void flow_flags(struct tr *t) {
       live = MV_F_ARITH | MV_F_DF;
     else
       live = (uint16_t)((live & ~in->flags_killed) | in->flags_read);
-    t->live[i] = all ? MV_F_ARITH | MV_F_DF : live;
+    t->live[i] = live;
+  }
+}
+
+/* Looks past the end of the block only if a memory check would gain by it. */
+static void plan_flags(struct tr *t) {
+  flow_flags(t, MV_F_ARITH);
+  if (t->d->vm->dbt.no_flags_live) {
+    for (unsigned i = 0; i < t->n; i++)
+      t->live[i] = MV_F_ARITH | MV_F_DF;
+    return;
+  }
+  for (unsigned i = 0; i < t->n; i++) {
+    if (!t->nacc[i] || !flags_live(t, i))
+      continue;
+    if (!flags_after(t))
+      flow_flags(t, 0);
+    return;
   }
 }
 
@@ -358,8 +480,12 @@ int mv_plan_block(struct tr *t, const uint8_t *bytes, unsigned avail, const uint
   t->n = t->ncold = 0;
   if (decode_block(t, bytes, avail, bytes2))
     return 1;
+  t->page = bytes - (t->b->rip & 0xfff);
   __builtin_memset(t->t0_busy, 0, t->n);
-  flow_flags(t);
+  __builtin_memset(t->hoist, 0, t->n);
+  for (unsigned i = 0; i < t->n; i++)
+    list_accesses(t, i);
+  plan_flags(t);
   plan_runs(t);
   return 0;
 }

@@ -470,6 +470,8 @@ int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, uns
     emit_count(&t);
   for (unsigned i = 0; i < t.n; i++) {
     t.x->map[t.x->nmap++] = (struct mv_insn_map){.code = here(&t), .guest = t.off[i]};
+    if (t.hoist[i])
+      mv_emit_check(&t, i, t.hoist[i] - 1, 0);
     emit_kind[t.kind[i]](&t, i);
   }
   if (t.kind[t.n - 1] < KIND_BRANCH)

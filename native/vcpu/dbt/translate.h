@@ -38,10 +38,13 @@ struct access {
   uint8_t acc;   /* MV_ACC_*                                                */
   bool modrm;    /* the ModRM operand, else the stack                       */
   bool starts;   /* makes the check                                         */
+  bool checked;  /* the check is made already (tr.hoist)                     */
   int32_t at;    /* offset from T0 after the check                          */
   uint16_t run_size;
   uint8_t run_acc;
   int32_t run_lo;
+  int32_t moved; /* what the base register moves by from the check to the
+                    instruction, if the check is made earlier (tr.hoist)     */
 };
 
 /* What is done with an instruction. */
@@ -72,9 +75,12 @@ struct tr {
   uint16_t live[MV_BLOCK_INSNS_MAX + 1]; /* flags live before instruction i  */
   struct access acc[MV_BLOCK_INSNS_MAX][ACCESSES_MAX];
   uint8_t nacc[MV_BLOCK_INSNS_MAX];
-  uint8_t kind[MV_BLOCK_INSNS_MAX]; /* enum kind                              */
-  uint8_t vector;                   /* that the last instruction raises       */
-  bool t0_busy[MV_BLOCK_INSNS_MAX]; /* T0 must survive the instruction       */
+  uint8_t kind[MV_BLOCK_INSNS_MAX];  /* enum kind                              */
+  uint8_t vector;                    /* that the last instruction raises       */
+  bool t0_busy[MV_BLOCK_INSNS_MAX];  /* T0 must survive the instruction       */
+  uint8_t hoist[MV_BLOCK_INSNS_MAX]; /* 1 + the later instruction whose first
+                                        access is checked before this one    */
+  const uint8_t *page;               /* the block's first page               */
   unsigned n, ncold;
   struct cold cold[COLD_MAX];
   uint8_t crossing[2 * MV_INSN_MAX]; /* bytes of an instruction on two pages  */
@@ -114,6 +120,8 @@ void mv_emit_flags_restore(struct mv_emit *e);
 void mv_emit_address_regs(struct tr *t, const struct mv_insn *in);
 /* T1 = the bit offset of BT and friends. */
 void mv_emit_bit_index(struct tr *t, unsigned i);
+/* Makes the check of instruction i's first access before instruction `at`. */
+void mv_emit_check(struct tr *t, unsigned at, unsigned i, unsigned k);
 /* After this T0 + the returned offset is the host address of access k of
  * instruction i. */
 int32_t mv_emit_access(struct tr *t, unsigned i, unsigned k);
