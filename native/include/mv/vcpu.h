@@ -15,7 +15,7 @@
 #include "mv/irq.h"
 #include "mv/mem.h"
 
-#define MV_MSRS_MAX 128
+#define MV_MSRS_MAX  128
 #define MV_XSAVE_MAX 4096
 
 /* Whole architectural state of one vCPU, in KVM's structs. */
@@ -110,20 +110,20 @@ struct mv_dbt_options {
 struct mv_vm {
   struct mv_mem mem;
   struct mv_bus pio, mmio;
-  bool has_bus;          /* false: accesses are exits (low-level tests)      */
-  bool hlt_exits;        /* HLT returns MV_EXIT_HLT instead of sleeping      */
-  bool exceptions_exit;  /* an exception returns instead of being delivered  */
-  bool count;            /* count guest instructions                        */
-  uint8_t handover;      /* enum mv_handover                                */
+  bool has_bus;         /* false: accesses are exits (low-level tests)      */
+  bool hlt_exits;       /* HLT returns MV_EXIT_HLT instead of sleeping      */
+  bool exceptions_exit; /* an exception returns instead of being delivered  */
+  bool count;           /* count guest instructions                        */
+  uint8_t handover;     /* enum mv_handover                                */
   struct mv_dbt_options dbt;
   struct mv_irqchip irqchip; /* filled by vm_init                           */
   const struct mv_vcpu_ops *ops;
-  void *impl; /* the backend's: KVM's descriptors; the translator's IOAPIC  */
+  void *impl;     /* the backend's: KVM's descriptors; the translator's IOAPIC  */
   unsigned ncpus; /* how many there will be (CPUID tells it); 0: one        */
   unsigned nvcpus;
   struct mv_vcpu *vcpu[32];
   struct mv_handover_vm *over; /* handover.c's, on KVM                      */
-  const char *failed; /* what the last error came from; a string constant   */
+  const char *failed;          /* what the last error came from; a string constant   */
 };
 
 extern const struct mv_vcpu_ops mv_kvm_ops, mv_dbt_ops;

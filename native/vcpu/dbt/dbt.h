@@ -28,19 +28,61 @@
 #include "insn.h"
 #include "mv/vcpu.h"
 
-enum { MV_RAX, MV_RCX, MV_RDX, MV_RBX, MV_RSP, MV_RBP, MV_RSI, MV_RDI,
-       MV_R8, MV_R9, MV_R10, MV_R11, MV_R12, MV_R13, MV_R14, MV_R15 };
+enum {
+  MV_RAX,
+  MV_RCX,
+  MV_RDX,
+  MV_RBX,
+  MV_RSP,
+  MV_RBP,
+  MV_RSI,
+  MV_RDI,
+  MV_R8,
+  MV_R9,
+  MV_R10,
+  MV_R11,
+  MV_R12,
+  MV_R13,
+  MV_R14,
+  MV_R15
+};
 
 /* Exception vectors, SDM 3A table 6-1. */
-enum { MV_EXC_DE = 0, MV_EXC_DB = 1, MV_EXC_NMI = 2, MV_EXC_BP = 3, MV_EXC_OF = 4,
-       MV_EXC_BR = 5, MV_EXC_UD = 6, MV_EXC_NM = 7, MV_EXC_DF = 8, MV_EXC_TS = 10,
-       MV_EXC_NP = 11, MV_EXC_SS = 12, MV_EXC_GP = 13, MV_EXC_PF = 14, MV_EXC_MF = 16,
-       MV_EXC_AC = 17, MV_EXC_MC = 18, MV_EXC_XM = 19 };
+enum {
+  MV_EXC_DE = 0,
+  MV_EXC_DB = 1,
+  MV_EXC_NMI = 2,
+  MV_EXC_BP = 3,
+  MV_EXC_OF = 4,
+  MV_EXC_BR = 5,
+  MV_EXC_UD = 6,
+  MV_EXC_NM = 7,
+  MV_EXC_DF = 8,
+  MV_EXC_TS = 10,
+  MV_EXC_NP = 11,
+  MV_EXC_SS = 12,
+  MV_EXC_GP = 13,
+  MV_EXC_PF = 14,
+  MV_EXC_MF = 16,
+  MV_EXC_AC = 17,
+  MV_EXC_MC = 18,
+  MV_EXC_XM = 19
+};
 
 /* RFLAGS bits beside the arithmetic ones. */
-enum { MV_FL_TF = 1 << 8, MV_FL_IF = 1 << 9, MV_FL_DF = 1 << 10, MV_FL_IOPL = 3 << 12,
-       MV_FL_NT = 1 << 14, MV_FL_RF = 1 << 16, MV_FL_VM = 1 << 17, MV_FL_AC = 1 << 18,
-       MV_FL_VIF = 1 << 19, MV_FL_VIP = 1 << 20, MV_FL_ID = 1 << 21 };
+enum {
+  MV_FL_TF = 1 << 8,
+  MV_FL_IF = 1 << 9,
+  MV_FL_DF = 1 << 10,
+  MV_FL_IOPL = 3 << 12,
+  MV_FL_NT = 1 << 14,
+  MV_FL_RF = 1 << 16,
+  MV_FL_VM = 1 << 17,
+  MV_FL_AC = 1 << 18,
+  MV_FL_VIF = 1 << 19,
+  MV_FL_VIP = 1 << 20,
+  MV_FL_ID = 1 << 21
+};
 /* Bits that live in the host's RFLAGS while guest code runs. */
 #define MV_FL_HOST (MV_F_ARITH | MV_FL_DF)
 
@@ -82,13 +124,13 @@ enum mv_tramp {
   MV_TRAMP_GUARD,    /* a guard did not match: arg is the block              */
   MV_TRAMP_INSN,     /* let C execute the instruction: arg is the site       */
   MV_TRAMP_RAISE,    /* the instruction raises: arg is vector << 24 | site   */
-  MV_TRAMP_BOUNCE_IN, MV_TRAMP_BOUNCE_OUT, /* see exec.c, "bounce"           */
+  MV_TRAMP_BOUNCE_IN,
+  MV_TRAMP_BOUNCE_OUT, /* see exec.c, "bounce"           */
   MV_TRAMP_COUNT
 };
 
 /* Privilege of translated code: it selects the TLB. */
 enum mv_priv { MV_PRIV_KERNEL = 0, MV_PRIV_USER = 1, MV_PRIV_COUNT = 2 };
-
 
 struct mv_dbt {
   /* ---- hot: addressed by translated code through GS -------------------- */
@@ -130,13 +172,13 @@ struct mv_dbt {
 
   /* ---- of translated code and enter.S ------------------------------------ */
   struct mv_dbt *self;
-  uint64_t host_rsp;         /* C's stack while guest code runs               */
-  uint64_t resume;           /* where enter.S jumps to after loading registers */
-  uint64_t t0;               /* scratch register 0 at the last call of C      */
-  uint64_t save_rax;         /* RAX while flags are kept in it                */
-  uint64_t stash[2];         /* values kept over a second memory check        */
-  uint64_t borrow;           /* a guest register lent to an instruction       */
-  uint64_t poll;             /* address that poll points load from            */
+  uint64_t host_rsp; /* C's stack while guest code runs               */
+  uint64_t resume;   /* where enter.S jumps to after loading registers */
+  uint64_t t0;       /* scratch register 0 at the last call of C      */
+  uint64_t save_rax; /* RAX while flags are kept in it                */
+  uint64_t stash[2]; /* values kept over a second memory check        */
+  uint64_t borrow;   /* a guest register lent to an instruction       */
+  uint64_t poll;     /* address that poll points load from            */
   uint64_t tramp[MV_TRAMP_COUNT];
   uint8_t bounce[128] __attribute__((aligned(64))); /* operand of a slow access */
   uint8_t vec[4][32] __attribute__((aligned(64)));  /* vector operands for C  */
@@ -149,9 +191,9 @@ struct mv_dbt {
 /* A helper that finds a guest fault records it and returns negative; nothing
  * of the instruction may have happened yet. The run loop delivers it with
  * mv_system_deliver(). These return -1 so that callers can `return raise()`. */
-int mv_dbt_raise(struct mv_dbt *d, unsigned vector);                    /* no code */
+int mv_dbt_raise(struct mv_dbt *d, unsigned vector); /* no code */
 int mv_dbt_raise_code(struct mv_dbt *d, unsigned vector, uint32_t code);
-int mv_dbt_raise_pf(struct mv_dbt *d, uint64_t gva, uint32_t code);     /* sets cr2 */
+int mv_dbt_raise_pf(struct mv_dbt *d, uint64_t gva, uint32_t code); /* sets cr2 */
 
 /* ======================== mmu.c: guest memory ========================== */
 /* As which privilege an access is made. SYSTEM accesses (descriptor tables,
