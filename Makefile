@@ -7,8 +7,8 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest
 # What a step is made from; the stamps are what tells that it was done.
-NATIVE_SOURCES := $(shell find native -name '*.[chS]' -o -name Makefile) microvm/_build_native.py
-ROOTFS_SOURCES := $(shell find rootfs -type f)
+NATIVE_SOURCES := $(shell find native rootfs -name '*.[chS]' -o -name '*.def' -o -name Makefile) \
+  microvm/_build_native.py
 ENV_STAMP := build/stamps/env
 NATIVE_STAMP := build/stamps/native
 GUEST_STAMP := build/stamps/guest
@@ -56,7 +56,7 @@ $(NATIVE_STAMP): $(ENV_STAMP) $(NATIVE_SOURCES)
 	  $(PY) -m microvm._build_native </dev/null
 	@mkdir -p $(@D) && touch $@
 
-$(GUEST_STAMP): $(NATIVE_STAMP) $(ROOTFS_SOURCES)
+$(GUEST_STAMP): $(NATIVE_STAMP)
 	@scripts/bootstrap guest </dev/null
 	@mkdir -p $(@D) && touch $@
 

@@ -1,4 +1,5 @@
-"""Builds the compiled half: libmv.a and mv-vmm by native/Makefile, then the cffi module.
+"""Builds the compiled half: libmv.a and mv-vmm by native/Makefile, the guest's init by
+rootfs/Makefile, then the cffi module.
 
 The module `microvm._native_ext` is made in cffi's API mode.  Its cdef is *read* from the C
 headers, never written a second time: the headers go through the C preprocessor, and what cffi
@@ -8,7 +9,7 @@ cannot know (values of macros and enumerators, array lengths, struct layouts) is
 Three ways in, one function (`build_extension`):
   python -m microvm._build_native [--sanitize]   in the tree (the Makefile does this)
   pip install -e .                               through the setuptools command `build_ext`
-  pip wheel .                                    the same, and mv-vmm goes to microvm/bin/
+  pip wheel .                                    the same; mv-vmm and init go to microvm/bin/
 """
 
 from __future__ import annotations
@@ -163,8 +164,9 @@ def build_extension(target: Path, *, sanitize: bool = False) -> Path:
     command, when a tool fails.
     """
     build = ROOT / "build" / ("native-asan" if sanitize else "native")
-    make = f"make --no-print-directory -C {shlex.quote(str(NATIVE))} -j {os.cpu_count() or 1}"
-    _run([*shlex.split(make), *(["SAN=1"] if sanitize else [])])
+    make = f"make --no-print-directory -j {os.cpu_count() or 1} -C"
+    _run([*shlex.split(make), str(ROOT / "rootfs")])
+    _run([*shlex.split(make), str(NATIVE), *(["SAN=1"] if sanitize else [])])
     ffi = FFI()
     ffi.cdef(cdef_from_headers())
     ffi.set_source("microvm._native_ext", _INCLUDE_LINES)
@@ -190,14 +192,17 @@ except ImportError:  # in-tree builds by the Makefile do not need setuptools
 else:
 
     class BuildNative(build_ext):
-        """`build_ext`: the extension module, and mv-vmm as package data of a wheel."""
+        """`build_ext`: the extension module, and the programs as package data of a wheel."""
 
         def run(self) -> None:
             build = build_extension(Path(self.get_ext_fullpath("microvm._native_ext")))
             if not self.inplace:
-                bindir = Path(self.build_lib) / "microvm" / "bin"
+                package = Path(self.build_lib) / "microvm"
+                shutil.copytree(ROOT / "kernel", package / "kernel", dirs_exist_ok=True)
+                bindir = package / "bin"
                 bindir.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(build / "mv-vmm", bindir / "mv-vmm")
+                shutil.copy2(ROOT / "build" / "rootfs" / "init", bindir / "init")
 
         def get_ext_filename(self, fullname: str) -> str:
             return str(Path(*fullname.split(".")[:-1]) / EXTENSION)
