@@ -8,6 +8,8 @@ extent is a run of pages with something in them, worth a mapping of its own. The
 from __future__ import annotations
 
 import contextlib
+import errno
+import filecmp
 import hashlib
 import os
 import re
@@ -137,19 +139,37 @@ def store(parsed: Parsed, root: str, describe: Callable[[str, Parsed], str]) -> 
             image.truncate(len(parsed.memory))
         with open(os.path.join(folder, "meta"), "w", encoding="utf-8") as meta:
             meta.write(describe(content, parsed))
-        target = os.path.join(root, content)
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(target, folder + ".old")
-        os.rename(folder, target)
+        _publish(folder, os.path.join(root, content))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(folder + ".old", ignore_errors=True)
     return content
+
+
+def _publish(folder: str, target: str) -> None:
+    """Moves a finished entry to its place, unless an equal one is there: others may use it."""
+    try:
+        os.rename(folder, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not _equal(folder, target):
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(folder, target)
+
+
+def _equal(one: str, other: str) -> bool:
+    try:
+        return all(
+            filecmp.cmp(os.path.join(one, name), os.path.join(other, name), shallow=False)
+            for name in ("image", "meta")
+        )
+    except OSError:
+        return False
 
 
 def link(target: str, name: str) -> None:
     """Makes the symbolic link ``name``, in place of an older one."""
-    temporary = f"{name}.{os.getpid()}"
+    temporary = f"{name}.{os.urandom(8).hex()}"
     os.symlink(target, temporary)
     os.replace(temporary, name)
 

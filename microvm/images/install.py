@@ -59,13 +59,14 @@ def install(name: str, origin: str, files: Mapping[str, bytes]) -> StoredKernel:
                 stream.write(data)
         load_kernel(os.path.join(temporary, image))
         if os.path.isdir(target):
-            shutil.rmtree(target)
+            os.rename(target, temporary + ".old")
         os.rename(temporary, target)
     except OSError as error:
         raise HostError(f"{target}: cannot store kernel: {error.strerror}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(temporary + ".old", ignore_errors=True)
     path = os.path.join(target, image)
     load_kernel(path)
     return StoredKernel(name=name, origin=origin, path=path)

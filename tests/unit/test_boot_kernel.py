@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,15 @@ def test_cache_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
         (folder / damage).unlink()
     assert load_kernel(str(tmp_path / "kernel")) == kernel
     assert Path(kernel.image).stat().st_size == 4096
+
+
+def test_cache_filled_by_many_at_once_serves_all(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "kernel").write_bytes(elf())
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(load_kernel, [str(tmp_path / "kernel")] * 40))
+    assert found == [found[0]] * 40
+    assert len(list(cache.iterdir())) == 1 + 1
+    assert len(list((cache / "by-stat").iterdir())) == 1
 
 
 def test_cache_keeps_a_bounded_number_of_kernels(tmp_path: Path, cache: Path) -> None:
