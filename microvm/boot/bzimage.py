@@ -110,9 +110,6 @@ def _with_eof(stream: lzma.LZMADecompressor | bz2.BZ2Decompressor, payload: byte
 
 
 def _lzma(payload: bytes) -> bytes:
-    """LZMA-alone; the kernel's build writes no end mark but appends the size, as for all."""
-    if payload[5:13] == b"\xff" * 8:
-        payload = payload[:5] + payload[-4:] + bytes(4) + payload[13:-4]
     return _with_eof(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_LZMA_MEMORY), payload)
 
 
