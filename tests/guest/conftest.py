@@ -30,8 +30,12 @@ def tiny_elf(code: bytes) -> bytes:
 
 
 @pytest.fixture
-def payload(tmp_path: Path) -> Payload:
-    """Makes a kernel file of machine code that runs in 64-bit mode, interrupts off."""
+def payload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Payload:
+    """Makes a kernel file of machine code that runs in 64-bit mode, interrupts off.
+
+    The cache is the test's own: the user's kernels are not pushed out of theirs.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def make(code: bytes) -> Path:
         path = tmp_path / "payload.elf"

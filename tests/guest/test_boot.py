@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
 import re
 import resource
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -258,6 +261,34 @@ def test_interrupt_reaches_the_guest_command(kernel) -> None:
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == b"caught\n"
         assert process.wait(20) == 9
+
+
+def test_shell_on_a_terminal_is_one(kernel) -> None:
+    fd, slave = pty.openpty()
+    termios.tcsetwinsize(fd, (33, 101))
+    before = termios.tcgetattr(slave)
+    command = [sys.executable, "-m", "microvm", "shell", "--accel", "dbt"]
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave) as process:
+        said = b""
+
+        def wait_for(word: bytes) -> None:
+            nonlocal said
+            while word not in said:
+                ready, _, _ = select.select([fd], [], [], 60)
+                assert ready, said
+                said += os.read(fd, 65536)
+
+        wait_for(b"# ")
+        os.write(fd, b"stty size; tty; sleep 100\r")
+        wait_for(b"33 101\r\n/dev/pts/0\r\n")
+        time.sleep(1)  # until sleep runs
+        os.write(fd, b"\x03")  # ^C is for it
+        os.write(fd, b"echo $((6 * 7)); exit 3\r")
+        wait_for(b"\n42\r\n")
+        assert process.wait(20) == 3
+    assert termios.tcgetattr(slave) == before
+    os.close(fd)
+    os.close(slave)
 
 
 def test_root_image_is_the_root_and_is_written(cli, tmp_path: Path) -> None:

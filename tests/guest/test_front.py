@@ -278,7 +278,7 @@ def test_terminal_keys_go_to_the_guest(front) -> None:
 
 
 def test_terminal_interrupt_key_interrupts_the_guest_command(front) -> None:
-    with Terminal(front, "run", "--", "sh", "-c", "echo up; sleep 100") as terminal:
+    with Terminal(front, "run", "--", "sh", "-c", "echo up; exec sleep 100") as terminal:
         read_until(terminal.fd, b"up")
         os.write(terminal.fd, b"\x03")
         assert terminal.process.wait(10) == 130
