@@ -238,6 +238,7 @@ int mv_agent_serve(int listener, struct mv_shutdown *out) {
   if (error)
     return error;
   loop_run();
+  mv_sessions_hangup();
   *out = ending_how;
   return 0;
 }

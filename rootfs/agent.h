@@ -85,6 +85,8 @@ bool mv_session_reaped(pid_t pid, int status);
 /* Goes on with all sessions that had to yield; frees those that are over.
  * True: there is more to do at once. */
 bool mv_sessions_continue(void);
+/* Hangs all sessions up: a shell at a terminal does not heed SIGTERM. */
+void mv_sessions_hangup(void);
 /* Kills what did not heed its hang-up. Returns ms to the next such moment, -1. */
 int mv_sessions_expire(void);
 

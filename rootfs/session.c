@@ -604,6 +604,12 @@ bool mv_sessions_continue(void) {
   return more;
 }
 
+void mv_sessions_hangup(void) {
+  for (struct session *s = sessions; s; s = s->next)
+    if (s->phase == RUNNING)
+      session_hangup(s);
+}
+
 int mv_sessions_expire(void) {
   uint64_t now = 0, next = UINT64_MAX;
   for (struct session *s = sessions; s; s = s->next) {

@@ -642,3 +642,14 @@ def test_idle_agent_uses_no_cpu(agent: Agent) -> None:
     before = Path(f"/proc/{agent.process.pid}/stat").read_text().split()[13:15]
     time.sleep(0.5)
     assert Path(f"/proc/{agent.process.pid}/stat").read_text().split()[13:15] == before
+
+
+def test_shutdown_hangs_terminals_up(init: Path, tmp_path: Path) -> None:
+    one = Agent(init, tmp_path)
+    running = start_terminal(one, "bash", "--norc", "-i")
+    running.read_until(b"# ")
+    assert running.session.receive()
+    running.session.shutdown()
+    assert one.process.wait(10) == 0
+    wait_for(lambda: not Path(f"/proc/{running.session.pid}").exists())
+    one.close()
