@@ -108,7 +108,8 @@ struct mv_dbt_exec {
   /* the cache's memory */
   uint8_t *rw, *rx;
   uint64_t size;
-  uint32_t hot, cold; /* offsets of the free parts                           */
+  uint32_t hot, cold;             /* offsets of the free parts                           */
+  uint32_t hot_ready, cold_ready; /* up to here the cache's pages are there   */
   struct mv_block *blocks;
   uint32_t nblocks, max_blocks;
   struct mv_site *sites;
@@ -129,12 +130,12 @@ struct mv_dbt_exec {
 
   /* exec.c's */
   struct mv_exit_info *exit;
-  bool irq_waits;      /* for IF: an interrupt came while it was clear         */
-  bool stepping;       /* a MV_VAR_STEP block runs                               */
-  uint8_t once;        /* MV_ONCE_*: mv_dbt_step()                               */
-  bool step_trap;      /* with TF: #DB follows                                   */
-  bool next_single;    /* the next block translated checks each access           */
-  uint8_t *fpu;        /* XSAVE image, 64-byte aligned                           */
+  bool irq_waits;   /* for IF: an interrupt came while it was clear         */
+  bool stepping;    /* a MV_VAR_STEP block runs                               */
+  uint8_t once;     /* MV_ONCE_*: mv_dbt_step()                               */
+  bool step_trap;   /* with TF: #DB follows                                   */
+  bool next_single; /* the next block translated checks each access           */
+  uint8_t *fpu;     /* XSAVE image, 64-byte aligned                           */
   uint64_t fpu_mask;
   unsigned fpu_size;
   uint64_t bounce_gva;
