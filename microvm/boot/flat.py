@@ -175,12 +175,24 @@ def link(target: str, name: str) -> None:
 
 
 def prune(root: str, keep: int) -> None:
-    """Removes all but the newest ``keep`` images, and the links that lead nowhere."""
-    folders = [entry for entry in os.scandir(root) if entry.name != "by-stat"]
-    folders.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
-    for entry in folders[keep:]:
-        shutil.rmtree(entry.path, ignore_errors=True)
-    for entry in os.scandir(os.path.join(root, "by-stat")):
-        if not os.path.exists(entry.path):
+    """Removes all but the newest ``keep`` images, and the links that lead nowhere.
+
+    Others may be doing the same.
+    """
+    paths = [os.path.join(root, name) for name in os.listdir(root) if name != "by-stat"]
+    paths.sort(key=_changed, reverse=True)
+    for path in paths[keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+    links = os.path.join(root, "by-stat")
+    for name in os.listdir(links):
+        if not os.path.exists(os.path.join(links, name)):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(entry.path)
+                os.unlink(os.path.join(links, name))
+
+
+def _changed(path: str) -> float:
+    """When it was changed last; 0 if it is gone."""
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return 0.0

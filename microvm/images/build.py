@@ -195,8 +195,8 @@ def _source_tree(package: str, root: str, progress: Progress) -> str:
                 shutil.copyfileobj(stream, file, 1 << 20)
         os.unlink(path)
         _unpack_source(folder, progress)
-        top = next(e.path for e in os.scandir(folder) if e.is_dir())
-        os.rename(top, target)
+        (top,) = (name for name in os.listdir(folder) if name.startswith("linux-source"))
+        os.rename(os.path.join(folder, top), target)
     return target
 
 

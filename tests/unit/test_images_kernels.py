@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import os
+import shutil
 import struct
 import tarfile
 from collections.abc import Iterable
@@ -18,6 +19,11 @@ from kernel_files import COMPRESSED, MIB, Load, bzimage, elf
 from microvm.errors import ConfigError, HostError
 from microvm.images import build, deb, install, kernels, pull
 from microvm.images.modules import Module, ModuleArchive, ModuleTree, select_modules
+
+needs_tools = pytest.mark.skipif(
+    not all(shutil.which(tool) for tool in build._TOOLS),
+    reason="tools of a kernel build are missing",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -441,3 +447,76 @@ def test_source_package_is_the_newest_that_will_do() -> None:
     assert build.newest_source_of(names) == "linux-source-6.12"
     with pytest.raises(ConfigError, match=r"no linux-source package of 6\.1 or newer"):
         build.newest_source_of(names[:1])
+
+
+# A source whose Makefile answers as the kernel's does; the kernel that it "builds" lies beside it.
+_MAKEFILE = """
+VERSION = 6
+PATCHLEVEL = 12
+SUBLEVEL = 1
+
+allnoconfig:
+\t@cp $(KCONFIG_ALLCONFIG) $(O)/.config
+
+vmlinux:
+\t@echo "  CC      a.o"
+\t@cp vmlinux.bin $(O)/vmlinux
+\t@mkdir -p $(O)/include/config
+\t@echo 6.12.1-microvm > $(O)/include/config/kernel.release
+"""
+
+
+def fake_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, makefile: str) -> None:
+    top = "linux-source-6.12"
+    source = tar({f"{top}/Makefile": makefile.encode(), f"{top}/vmlinux.bin": elf()})
+    data = tar({f"./usr/src/{top}.tar.xz": lzma.compress(source)})
+    (tmp_path / "source.deb").write_bytes(package(lzma.compress(data)))
+    script = f"cp {tmp_path}/source.deb {top}_6.12.1-1_all.deb"
+    fake_apt(tmp_path / "bin", monkeypatch, [top], script)
+    monkeypatch.setattr(build, "_HEADERS", {})
+
+
+@needs_tools
+def test_build_stores_the_kernel_as_default_and_builds_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_source(tmp_path, monkeypatch, _MAKEFILE)
+    add("stock", kernels.PULLED)
+    steps: list[str] = []
+    stored = build.build_kernel(lambda what, _done, _total: steps.append(what))
+    assert (stored.name, stored.origin) == ("6.12.1-microvm", kernels.BUILT)
+    assert kernels.find_kernel() == stored.path
+    assert "CONFIG_SMP=y" in Path(stored.path).with_name("config").read_text()
+    assert "compiling" in steps
+    steps.clear()
+    assert build.build_kernel(lambda what, _done, _total: steps.append(what)).path == stored.path
+    assert steps == []
+
+
+@needs_tools
+def test_build_that_fails_gives_the_first_error_and_where_the_rest_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = _MAKEFILE.replace("@cp vmlinux.bin", "@echo a.c:1: error: oh >&2; false")
+    fake_source(tmp_path, monkeypatch, broken)
+    with pytest.raises(HostError, match=r"kernel build failed: a.c:1: error: oh .*build\.log\)$"):
+        build.build_kernel()
+    assert kernels.list_kernels() == []
+
+
+@needs_tools
+def test_build_with_a_line_that_kconfig_drops_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropping = _MAKEFILE.replace(
+        "@cp $(KCONFIG_ALLCONFIG)", "@grep -v _SMP= $(KCONFIG_ALLCONFIG) >"
+    )
+    fake_source(tmp_path, monkeypatch, dropping)
+    with pytest.raises(ConfigError, match=r"Kconfig did not keep CONFIG_SMP=y \(is n\)"):
+        build.build_kernel()
+
+
+def test_build_without_tools_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match=r"without make, gcc, binutils, .*run `apt-get"):
+        build.build_kernel()
