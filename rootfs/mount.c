@@ -25,13 +25,9 @@ int mv_mount_early(void) {
 /* A device may appear a moment after its driver has been loaded. */
 static int device_mount(const char *device, const char *where, const char *type, bool readonly) {
   const struct timespec ms = {0, 1000000};
-  for (int waited = 0;; waited++) {
-    if (mount(device, where, type, readonly ? MS_RDONLY : 0, NULL) == 0)
-      return 0;
-    if (errno != ENOENT || waited >= ROOT_WAIT_MS)
-      return -errno;
+  for (int waited = 0; access(device, F_OK) < 0 && waited < ROOT_WAIT_MS; waited++)
     nanosleep(&ms, NULL);
-  }
+  return mount(device, where, type, readonly ? MS_RDONLY : 0, NULL) < 0 ? -errno : 0;
 }
 
 /* The device below, memory above: writes go to memory and end with the guest. */
