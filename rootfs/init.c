@@ -6,8 +6,8 @@
  *   init agent FD    the agent alone, on a listening stream socket that it is
  *                    handed: under another init, or in a test
  *
- * Order: the agent's socket listens as early as it can, so that the host's
- * connections are made while the rest is set up.
+ * Order: the host hears of the agent as soon as the boot cannot fail any more,
+ * so that its connections are made while the rest is set up.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -100,10 +100,10 @@ static _Noreturn void boot(void) {
   int listener = mv_agent_listen();
   if (listener < 0)
     boot_fail("the kernel lacks", "vsock", listener);
-  mv_event_send(MV_EVENT_AGENT, 0);
   error = mv_mount_root(&options);
   if (error)
     boot_fail("cannot mount root", options.root ? options.root : "devtmpfs", error);
+  mv_event_send(MV_EVENT_AGENT, 0); /* from here on nothing ends the boot */
   mv_mount_rest(&options);
   if (!options.root)
     mv_applets_link();
