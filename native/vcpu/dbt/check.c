@@ -21,12 +21,10 @@ uint32_t mv_add_site(struct tr *t, unsigned i, uint32_t restart) {
 
 void mv_emit_flags_save(struct mv_emit *e) {
   e_store(e, MV_DBT(save_rax), MV_RAX);
-  e8(e, 0x9f); /* lahf                                                       */
-  e8(e, 0x0f), e8(e, 0x90), e8(e, 0xc0); /* seto al                          */
+  e_bytes(e, 0xc0900f9f, 4); /* lahf; seto al                                */
 }
 void mv_emit_flags_restore(struct mv_emit *e) {
-  e8(e, 0x04), e8(e, 0x7f); /* add al, 0x7f: overflows if AL is 1            */
-  e8(e, 0x9e);              /* sahf                                          */
+  e_bytes(e, 0x9e7f04, 3); /* add al, 0x7f (overflows if AL is 1); sahf      */
   e_load(e, MV_RAX, MV_DBT(save_rax));
 }
 
@@ -136,13 +134,11 @@ static void emit_check_tlb(struct tr *t, struct access *a, struct cold *c, unsig
   uint32_t tlb =
       MV_DBT(tlb[0][0]) + priv_of(t) * MV_TLB_SIZE * (uint32_t)sizeof(struct mv_tlb_entry);
   uint32_t tag = tlb + (a->run_acc & MV_ACC_W ? 8 : 0);
-  e_mov_rr(e, MV_T1, MV_T0);
-  e8(e, 0x49), e8(e, 0xc1), e8(e, 0xef), e8(e, 12 - 5); /* shr t1, 7          */
-  e8(e, 0x41), e8(e, 0x81), e8(e, 0xe7);                /* and t1d, imm32     */
-  e32(e, (MV_TLB_SIZE - 1) << 5);
-  e_gs_base(e, 0x33, MV_T0, MV_T1, tag); /* xor t0, gs:[t1 + tag]             */
-  e8(e, 0x49), e8(e, 0x81), e8(e, 0xfe); /* cmp t0, 4096 - size               */
-  e32(e, 4096 - size);
+  /* mov t1, t0;  shr t1, 7 */
+  e_bytes(e, 0x07efc149f7894dull, 7);
+  e_bytes(e, 0xe78141ull | (uint64_t)((MV_TLB_SIZE - 1) << 5) << 24, 7); /* and t1d, imm32 */
+  e_gs_base(e, 0x33, MV_T0, MV_T1, tag);                                 /* xor t0, gs:[t1 + tag] */
+  e_bytes(e, 0xfe8149ull | (uint64_t)(4096 - size) << 24, 7);            /* cmp t0, 4096 - size */
   c->tag_off = tag;
   c->from = e_jcc(e, 7); /* ja                                               */
   e_gs_base(e, 0x03, MV_T0, MV_T1, tlb + (uint32_t)offsetof(struct mv_tlb_entry, hva));

@@ -114,8 +114,8 @@ static void emit_rewritten(struct tr *t, unsigned i, const struct rewrite *w) {
     emit_evex(&t->e, in, bytes, w);
   else
     emit_legacy(&t->e, in, bytes, w);
-  for (unsigned k = 0; k < in->imm_len; k++)
-    e8(&t->e, bytes[in->imm_off + k]);
+  if (in->imm_len)
+    e_copy(&t->e, bytes + in->imm_off, in->imm_len);
 }
 
 /* Is guest register `reg` (R14, R15) needed before, changed by the instruction? */
@@ -150,6 +150,10 @@ static void emit_copy(struct tr *t, unsigned i, bool mem, int32_t at) {
   unsigned use = mv_scratch_operands(in);
   unsigned borrow = MV_REG_NONE;
 
+  if (!mem && !use) { /* nothing to change: the guest's bytes                  */
+    e_copy(e, t->bytes[i], in->len);
+    return;
+  }
   if (mem && (in->reg.high8 || in->rm.high8)) { /* AH.. excludes REX: no R14   */
     w.base = (uint8_t)(borrow = pick_borrow(in, true));
     e_store(e, MV_DBT(borrow), borrow);
@@ -163,14 +167,14 @@ static void emit_copy(struct tr *t, unsigned i, bool mem, int32_t at) {
       w.gpr[1] = (uint8_t)borrow;
     }
   }
-  for (unsigned k = 0; k < 2; k++) {
+  for (unsigned k = 0; use && k < 2; k++) {
     bool read, written;
     scratch_use(in, MV_T0 + k, &read, &written);
     if (use & 1u << k && read)
       e_load(e, w.gpr[k], MV_DBT_GPR(MV_T0 + k));
   }
   emit_rewritten(t, i, &w);
-  for (unsigned k = 0; k < 2; k++) {
+  for (unsigned k = 0; use && k < 2; k++) {
     bool read, written;
     scratch_use(in, MV_T0 + k, &read, &written);
     if (use & 1u << k && written)
@@ -230,8 +234,7 @@ void mv_emit_lea(struct tr *t, unsigned i) {
   mv_emit_address_regs(t, in);
   if (guest_scratch(dst) && in->op_size == 2 && dst != in->base && dst != in->index)
     e_load(e, dst, MV_DBT_GPR(dst));
-  for (unsigned k = 0; k < in->len; k++)
-    e8(e, t->bytes[i][k]);
+  e_copy(e, t->bytes[i], in->len);
   if (guest_scratch(dst))
     e_store(e, MV_DBT_GPR(dst), dst);
 }

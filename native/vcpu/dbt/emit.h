@@ -50,14 +50,40 @@ static inline void e_modrm(struct mv_emit *e, unsigned mod, unsigned reg, unsign
   e8(e, mod << 6 | (reg & 7) << 3 | (rm & 7));
 }
 
-/* op reg64, gs:[off] or op gs:[off], reg64, by opcode (8B load, 89 store...). */
+/* The bytes of `v`, lowest first, `n` of them: one store and one addition. Up to
+ * eight bytes are written; what is beyond n is overwritten by what follows. */
+static inline void e_bytes(struct mv_emit *e, uint64_t v, unsigned n) {
+  uint8_t *p = e->p;
+  __builtin_memcpy(p, &v, 8);
+  e->p = p + n;
+}
+
+/* n bytes (1..15) from `src`, of which no byte past the n-th is read. */
+static inline void e_copy(struct mv_emit *e, const uint8_t *src, unsigned n) {
+  uint8_t *p = e->p;
+  if (n >= 8) {
+    __builtin_memcpy(p, src, 8);
+    __builtin_memcpy(p + n - 8, src + n - 8, 8);
+  } else if (n >= 4) {
+    __builtin_memcpy(p, src, 4);
+    __builtin_memcpy(p + n - 4, src + n - 4, 4);
+  } else {
+    p[0] = src[0];
+    p[n / 2] = src[n / 2];
+    p[n - 1] = src[n - 1];
+  }
+  e->p = p + n;
+}
+
+/* op reg64, gs:[off] or op gs:[off], reg64, by opcode (8B load, 89 store...):
+ * 65, REX.W, opcode, ModRM 00 reg 100, SIB 25 (no base, no index), disp32. */
 static inline void e_gs_abs(struct mv_emit *e, unsigned opcode, unsigned reg, uint32_t off) {
-  e8(e, 0x65);
-  e_rexw(e, reg, 0, 0);
-  e8(e, opcode);
-  e_modrm(e, 0, reg, 4);
-  e8(e, 0x25); /* SIB: no base, no index                                    */
-  e32(e, off);
+  uint64_t head = 0x65 | (0x48 | (reg >> 3) << 2) << 8 | opcode << 16 |
+                  (uint64_t)((reg & 7) << 3 | 4) << 24 | 0x25ull << 32;
+  uint8_t *p = e->p;
+  __builtin_memcpy(p, &head, 8);
+  __builtin_memcpy(p + 5, &off, 4);
+  e->p = p + 9;
 }
 static inline void e_load(struct mv_emit *e, unsigned reg, uint32_t off) {
   e_gs_abs(e, 0x8b, reg, off);
@@ -65,20 +91,19 @@ static inline void e_load(struct mv_emit *e, unsigned reg, uint32_t off) {
 static inline void e_store(struct mv_emit *e, uint32_t off, unsigned reg) {
   e_gs_abs(e, 0x89, reg, off);
 }
-/* op reg64, gs:[base + off]. */
+/* op reg64, gs:[base + off]; base is T0 or T1: never needs a SIB. */
 static inline void e_gs_base(struct mv_emit *e, unsigned opcode, unsigned reg, unsigned base,
                              uint32_t off) {
-  e8(e, 0x65);
-  e_rexw(e, reg, 0, base);
-  e8(e, opcode);
-  e_modrm(e, 2, reg, base); /* base is T0 or T1: never needs a SIB          */
-  e32(e, off);
+  uint64_t head = 0x65 | (0x48 | (reg >> 3) << 2 | base >> 3) << 8 | opcode << 16 |
+                  (uint64_t)(0x80 | (reg & 7) << 3 | (base & 7)) << 24 | (uint64_t)off << 32;
+  e_bytes(e, head, 8);
 }
 
 static inline void e_mov_rr(struct mv_emit *e, unsigned dst, unsigned src) {
-  e_rexw(e, src, 0, dst);
-  e8(e, 0x89);
-  e_modrm(e, 3, src, dst);
+  e_bytes(e,
+          (0x48 | (src >> 3) << 2 | dst >> 3) | 0x89 << 8 |
+              (0xc0 | (src & 7) << 3 | (dst & 7)) << 16,
+          3);
 }
 static inline void e_mov_imm(struct mv_emit *e, unsigned reg, uint64_t v) {
   if (v <= UINT32_MAX) { /* mov r32, imm32                                   */
@@ -142,11 +167,7 @@ static inline void e_mov_store(struct mv_emit *e, unsigned base, int32_t disp, u
 }
 /* jmp gs:[off] */
 static inline void e_jmp_gs(struct mv_emit *e, uint32_t off) {
-  e8(e, 0x65);
-  e8(e, 0xff);
-  e_modrm(e, 0, 4, 4);
-  e8(e, 0x25);
-  e32(e, off);
+  e_bytes(e, 0x2524ff65u | (uint64_t)off << 32, 8);
 }
 /* jcc / jmp rel32 with the displacement still to come: its place. */
 static inline uint8_t *e_jcc(struct mv_emit *e, unsigned cc) {

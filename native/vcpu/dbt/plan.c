@@ -16,6 +16,8 @@
 unsigned mv_scratch_operands(const struct mv_insn *in) {
   const struct mv_gpr_ref *ref[4] = {&in->reg, &in->rm, &in->vvvv, &in->opreg};
   unsigned m = 0;
+  if (!((in->gpr_read | in->gpr_written) >> MV_T0))
+    return 0;
   for (int k = 0; k < 4; k++)
     if (ref[k]->reg == MV_T0 || ref[k]->reg == MV_T1)
       m |= 1u << (ref[k]->reg - MV_T0);
