@@ -60,6 +60,10 @@ def make_plan(config: MachineConfig) -> Plan:
 
     _check_host_memory(config.memory)
     accel, why = choose(config.accel)
+    if accel == "dbt" and config.cpus > 1:
+        raise ConfigError(
+            f"{config.cpus} CPUs: the translator runs one, more need KVM (backend: dbt, {why})"
+        )
     kernel = load_kernel(find_kernel(config.kernel))
     initrds = _initrds(config, kernel)
     extra = [_root_words(config)] if config.root else []

@@ -47,10 +47,11 @@ def _on_signal(signo: int, _frame: object) -> None:
     raise Ended(signo)
 
 
-def complain(message: str) -> None:
-    """One line on stderr."""
+def complain(message: str, *, new_line: bool = False) -> None:
+    """One line on stderr. ``new_line``: the cursor may stand behind a prompt of the guest."""
+    start = "\n" if new_line else ""
     with suppress(OSError):
-        sys.stderr.write(f"microvm: {message}\n")
+        sys.stderr.write(f"{start}microvm: {message}\n")
         sys.stderr.flush()
 
 

@@ -9,7 +9,7 @@ from microvm._signals import SIGINT, default_int_handler, signal
 from microvm.cli import PROCESS_START, complain, say
 from microvm.cli.options import Option, UsageError, whole_number
 from microvm.config import ACCELS, parse_duration, parse_size
-from microvm.errors import GuestGoneError, HostError, MicrovmError
+from microvm.errors import GuestGoneError, HostError, MicrovmError, TimeoutError
 
 _BOOT_TIMEOUT = 300.0  # seconds without --timeout: far beyond any boot that still gets somewhere
 
@@ -42,8 +42,18 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 OPTIONS = (
-    Option(names=("-m", "--memory"), metavar="SIZE", convert=_size, help="RAM of the guest (256M)"),
-    Option(names=("-c", "--cpus"), metavar="N", convert=whole_number("--cpus"), help="vCPUs (1)"),
+    Option(
+        names=("-m", "--memory"),
+        metavar="SIZE",
+        convert=_size,
+        help="RAM of the guest; default 256M",
+    ),
+    Option(
+        names=("-c", "--cpus"),
+        metavar="N",
+        convert=whole_number("--cpus"),
+        help="vCPUs; default 1, more need KVM",
+    ),
     Option(
         names=("-e", "--env"),
         metavar="K=V",
@@ -52,9 +62,13 @@ OPTIONS = (
         help="environment variable for the command; may be repeated",
     ),
     Option(
-        names=("-w", "--workdir"), metavar="DIR", help="directory to start in (the user's home)"
+        names=("-w", "--workdir"),
+        metavar="DIR",
+        help="directory to start in; default: the user's home",
     ),
-    Option(names=("-u", "--user"), metavar="USER", help="user in the guest, USER[:GROUP] (root)"),
+    Option(
+        names=("-u", "--user"), metavar="USER", help="user in the guest, USER[:GROUP]; default root"
+    ),
     Option(
         names=("--timeout",),
         metavar="TIME",
@@ -65,7 +79,7 @@ OPTIONS = (
         names=("--accel",),
         metavar="HOW",
         convert=_accel,
-        help="auto, kvm or dbt (our translator); see microvm doctor",
+        help="auto, kvm or dbt (our translator); default auto: see microvm doctor",
     ),
     Option(
         names=("--kernel",),
@@ -76,12 +90,18 @@ OPTIONS = (
     Option(
         names=("--cmdline",),
         metavar="WORDS",
-        help="append to the kernel's command line; of two that clash, Linux takes the last",
+        help="words to append to the kernel's command line",
     ),
     Option(names=("--root",), metavar="IMAGE", help="raw ext4 image as the root file system"),
     Option(names=("--console",), help="show the guest's console as it comes, on stderr"),
-    Option(names=("--report",), metavar="FILE", help="write a JSON report: times, exits, why"),
-    Option(names=("--count",), help="count guest instructions (translator), for --report"),
+    Option(
+        names=("--report",),
+        metavar="FILE",
+        help="write a JSON report: timeline, exits, which backend and why",
+    ),
+    Option(
+        names=("--count",), help="count guest instructions, for --report (translator only; slower)"
+    ),
     Option(names=("-q", "--quiet"), help="no notes, only errors"),
     Option(names=("--dry-run",), help="say what would be started, and start nothing"),
 )
@@ -158,11 +178,14 @@ def _command(machine: Machine, parsed: Parsed, argv: list[str], deadline: float 
         if os.isatty(0) and os.isatty(1):
             done = machine.interact(argv, timeout=left, **about)
             if done.escaped and not parsed.flag("quiet"):
-                complain("session ended")
+                complain("session ended", new_line=True)
             return done.returncode
         with machine.spawn(argv, stdin=0, stdout=1, stderr=2, **about) as command:
             _pass_interrupts(command)
             return command.wait(left).returncode
+    except TimeoutError:
+        limit = parsed.values["timeout"]
+        raise TimeoutError(f"{argv[0]!r} was still running after {limit:g} s") from None
     except GuestGoneError as gone:
         if gone.status is None:
             raise

@@ -19,7 +19,7 @@ one ends the guest. Nothing of your environment gets in unless -e asks for it.
   microvm run -- uname -a
   echo hi | microvm run -- wc -c
   microvm run -m 1G -u nobody -w /tmp -e LANG=C -- sh -c 'id; pwd'
-  microvm run --timeout 30s -- make check || echo "124 says too late: $?"
+  microvm run --timeout 30s -- sh -c 'while :; do :; done'; echo $?   124: too late
   microvm run --kernel ./vmlinux --console -- dmesg      boot a kernel just built
   microvm run --report boot.json -q -- true              how long did what take
 """

@@ -72,10 +72,16 @@ def test_run_unknown_user_and_directory_give_125(front) -> None:
     assert done.stderr.count(b"\n") == 1
 
 
-def test_run_deadline_gives_124(front) -> None:
+def test_run_two_cpus_on_the_translator_says_why_not(front) -> None:
+    done = front("run", "-c", "2", "--accel", "dbt", "--", "true")
+    assert (done.returncode, done.stderr.count(b"\n")) == (125, 1)
+    assert b"2 CPUs: the translator runs one" in done.stderr
+
+
+def test_run_deadline_gives_124_and_is_named(front) -> None:
     done = front("run", "--timeout", "700ms", "--", "sleep", "100")
     assert done.returncode == 124
-    assert b"'sleep' was still running" in done.stderr
+    assert done.stderr == b"microvm: 'sleep' was still running after 0.7 s\n"
 
 
 def test_boot_deadline_gives_124(front) -> None:
