@@ -40,6 +40,7 @@ _SKIP_EVERY = (
     "slab_sysfs_init",  # the same before Linux 6.9
 )
 _SKIP_STOCK = (
+    "pci_arch_init",  # finds no bus and says "Fatal", the one line of a quiet boot
     "jent_mod_init",  # tests an entropy source that nobody asks: 130 M instructions
     "trace_eval_init",  # names of constants in ftrace's formats: 90 M
     "ftrace_check_for_weak_functions",  # looks up 50,000 names for ftrace: 90 M
