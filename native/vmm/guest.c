@@ -180,6 +180,11 @@ int mv_vmm_guest_init(struct mv_vmm *vmm) {
   return mv_pc_ports_add(&vmm->ports, &vmm->vm.pio);
 }
 
+void mv_vmm_guest_free(struct mv_vmm *vmm) {
+  if (vmm->created)
+    mv_vm_destroy(&vmm->vm);
+}
+
 /* ---- vCPUs --------------------------------------------------------------------- */
 
 /* Runs on the vCPU's thread. */
@@ -232,6 +237,7 @@ int mv_vmm_start(struct mv_vmm *vmm, struct mv_vmm_packet *packet) {
   if (!vmm->have_options || !vmm->have_entry)
     return -EPROTO;
   int error = mv_vm_init(&vmm->vm, vmm->vm.ops);
+  vmm->created = !error;
   if (!error)
     error = add_vcpus(vmm);
   if (!error)

@@ -39,5 +39,6 @@ int main(void) {
     error = mv_vmm_control_init(&vmm);
   if (!error)
     error = mv_loop_run(vmm.loop);
+  mv_vmm_guest_free(&vmm);
   return -error;
 }

@@ -76,7 +76,7 @@ struct mv_vmm {
   int control_fd;
   struct mv_loop *loop;
   struct mv_vm vm;
-  bool have_options, have_entry, started;
+  bool have_options, have_entry, created, started;
   struct mv_ctl_options options;
   struct mv_ctl_entry entry;
   struct mv_vmm_console console;
@@ -99,6 +99,8 @@ struct mv_vmm {
 
 /* Puts the ports with a meaning on the bus. 0 or -errno. */
 int mv_vmm_guest_init(struct mv_vmm *vmm);
+/* Ends backend and vCPUs, whose threads are no more. */
+void mv_vmm_guest_free(struct mv_vmm *vmm);
 
 /* Ends the guest and then the process. Any thread; the first call counts.
  * `format` may be NULL. */
