@@ -472,7 +472,9 @@ def test_signal_stop_and_continue_do_not_end_session(agent: Agent) -> None:
 
 def test_signal_mask_of_program_is_empty(agent: Agent) -> None:
     running = agent.run("grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status")
-    assert running.out == b"SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n"
+    blocked, ignored = (int(line.split()[1], 16) for line in running.out.splitlines())
+    libc_own = 7 << 31  # 32 to 34: whoever started the tests may ignore them, no libc can undo it
+    assert (blocked, ignored & ~libc_own) == (0, 0)
 
 
 def test_descriptors_of_agent_do_not_leak(agent: Agent) -> None:
