@@ -57,7 +57,7 @@ static void emit_ea(struct tr *t, unsigned i, int32_t add) {
       return;
     }
     e_mov_imm(e, MV_T0, ea);
-  } else if (seg && !addr32 && in->index == MV_REG_NONE && !guest_scratch(in->base)) {
+  } else if (seg && !addr32 && !add && in->index == MV_REG_NONE && !guest_scratch(in->base)) {
     e_load(e, MV_T0, seg_off);
     e_lea(e, MV_T0, MV_T0, in->base == MV_RSP ? MV_REG_NONE : in->base, 1, (int32_t)in->disp,
           false);
@@ -66,7 +66,9 @@ static void emit_ea(struct tr *t, unsigned i, int32_t add) {
     return;
   } else {
     mv_emit_address_regs(t, in);
-    e_lea(e, MV_T0, in->base, in->index, in->scale, (int32_t)in->disp + add, addr32);
+    e_lea(e, MV_T0, in->base, in->index, in->scale, (int32_t)in->disp, addr32);
+    if (add)
+      e_lea(e, MV_T0, MV_T0, MV_REG_NONE, 1, add, addr32);
   }
   if (seg) {
     e_load(e, MV_T1, seg_off);

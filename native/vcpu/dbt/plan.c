@@ -167,8 +167,13 @@ static void list_accesses(struct tr *t, unsigned i) {
     add_stack_access(t, i, MV_RSP, 0, (unsigned)size, MV_ACC_R);
     if (in->has_mem) {
       add_modrm_access(t, i);
-      if (in->base == MV_RSP) /* the address is made with RSP after the pop  */
-        t->acc[i][1].off += size;
+      struct access *to = &t->acc[i][1];
+      if (in->base == MV_RSP && to->base == MV_RSP) { /* RSP after the pop   */
+        if (to->off > INT32_MAX - size)
+          to->base = MV_REG_NONE;
+        else
+          to->off += size;
+      }
     }
     return;
   case MV_OP_LEAVE:
@@ -192,46 +197,48 @@ static void list_accesses(struct tr *t, unsigned i) {
 }
 
 /* How an instruction moves register `base`: true and *by if by a constant. */
-static bool moves_by(const struct mv_insn *in, unsigned base, int32_t *by) {
+static bool moves_by(const struct mv_insn *in, unsigned base, int64_t *by) {
   *by = 0;
   if (!(in->gpr_written & 1u << base))
     return true;
   if (base == MV_RSP && in->op == MV_OP_PUSH)
-    return *by = -(int32_t)in->op_size, true;
+    return *by = -(int64_t)in->op_size, true;
   if (base == MV_RSP && in->op == MV_OP_POP && in->opreg.reg != MV_RSP && in->rm.reg != MV_RSP)
     return *by = in->op_size, true;
   if (in->op_size != 8 || in->enc != MV_ENC_LEGACY || in->map != 0)
     return false;
   if ((in->opcode == 0x83 || in->opcode == 0x81) && in->modrm >> 6 == 3 && in->rm.reg == base) {
     if ((in->modrm >> 3 & 7) == 0) /* ADD                                    */
-      return *by = (int32_t)in->imm, true;
+      return *by = in->imm, true;
     if ((in->modrm >> 3 & 7) == 5) /* SUB                                    */
-      return *by = -(int32_t)in->imm, true;
+      return *by = -in->imm, true;
   }
   if (in->op == MV_OP_LEA && in->reg.reg == base && in->base == base && in->index == MV_REG_NONE &&
       in->addr_size == 8)
-    return *by = (int32_t)in->disp, true;
+    return *by = in->disp, true;
   return false;
 }
 
+/* Distances are the guest's to choose: they are added up in 64 bits, and a sum
+ * that leaves the middle of 32 bits ends a run (out_of_reach). */
 struct run {
   struct access *first;
   unsigned base;
-  int32_t delta; /* base register now, minus at the run's start              */
-  int32_t lo, hi;
+  int64_t delta; /* base register now, minus at the run's start              */
+  int64_t lo, hi;
   unsigned first_insn, last_insn;
 };
 
 static void run_close(struct tr *t, struct run *r) {
   if (!r->first)
     return;
-  r->first->run_lo = r->lo;
+  r->first->run_lo = (int32_t)r->lo;
   r->first->run_size = (uint16_t)(r->hi - r->lo);
   for (unsigned i = r->first_insn; i <= r->last_insn; i++) {
     for (unsigned k = 0; k < t->nacc[i]; k++) {
       struct access *a = &t->acc[i][k];
       if (a >= r->first && a->base != MV_REG_NONE)
-        a->at -= r->lo;
+        a->at -= (int32_t)r->lo;
     }
     if (i < r->last_insn)
       t->t0_busy[i] = true;
@@ -243,7 +250,7 @@ static void run_start(struct run *r, struct access *a, unsigned i) {
   *r = (struct run){.first = a,
                     .base = a->base,
                     .lo = a->off,
-                    .hi = a->off + a->size,
+                    .hi = (int64_t)a->off + a->size,
                     .first_insn = i,
                     .last_insn = i};
   a->starts = true;
@@ -251,17 +258,21 @@ static void run_start(struct run *r, struct access *a, unsigned i) {
   a->run_acc = a->acc;
 }
 
+static bool out_of_reach(int64_t distance) {
+  return distance < INT32_MIN / 2 || distance > INT32_MAX / 2;
+}
+
 /* Takes access `a` into the run if it fits. */
 static bool run_join(struct run *r, struct access *a, unsigned i) {
   if (!r->first || a->base != r->base)
     return false;
-  int32_t at = a->off + r->delta, lo = at < r->lo ? at : r->lo;
-  int32_t hi = at + a->size > r->hi ? at + a->size : r->hi;
-  if (hi - lo > RUN_SPAN_MAX)
+  int64_t at = a->off + r->delta, lo = at < r->lo ? at : r->lo;
+  int64_t hi = at + a->size > r->hi ? at + a->size : r->hi;
+  if (out_of_reach(at) || hi - lo > RUN_SPAN_MAX)
     return false;
   r->lo = lo;
   r->hi = hi;
-  a->at = at;
+  a->at = (int32_t)at;
   r->first->run_acc |= a->acc;
   r->last_insn = i;
   return true;
@@ -270,7 +281,7 @@ static bool run_join(struct run *r, struct access *a, unsigned i) {
 /* May the check of an access move up over instruction p? *moved: what its base
  * register moves by there. */
 static bool hoists_over(struct tr *t, unsigned p, const struct access *a, const struct mv_insn *in,
-                        int32_t *moved) {
+                        int64_t *moved) {
   if (t->nacc[p] || t->kind[p] > KIND_LEA || !keeps_t0(t, p))
     return false;
   *moved = 0;
@@ -285,16 +296,18 @@ static bool hoists_over(struct tr *t, unsigned p, const struct access *a, const 
 static void hoist_check(struct tr *t, unsigned i) {
   struct access *a = &t->acc[i][0];
   const struct mv_insn *in = &t->insn[i];
-  int32_t moved = 0, by;
+  int64_t moved = 0, by;
   if (!a->starts || !flags_live(t, i) || in->op == MV_OP_BT_MEM_REG)
     return;
   for (unsigned j = i; j > 0 && hoists_over(t, j - 1, a, in, &by);) {
     j--;
     moved += by;
+    if (out_of_reach(moved) || out_of_reach(a->run_lo))
+      return;
     if (flags_live(t, j))
       continue;
     t->hoist[j] = (uint8_t)(i + 1);
-    a->moved = moved;
+    a->moved = (int32_t)moved;
     for (; j < i; j++)
       t->t0_busy[j] = true;
     return;
@@ -320,12 +333,12 @@ static void plan_runs(struct tr *t) {
     }
     if (!r.first)
       continue;
-    int32_t by;
+    int64_t by;
     if (in->op == MV_OP_LEAVE && r.base == MV_RBP) { /* RSP = RBP + 8 now     */
       r.base = MV_RSP;
       r.delta += 8;
     } else if (moves_by(in, r.base, &by)) {
-      r.delta -= -by;
+      r.delta += by;
     } else {
       run_close(t, &r);
     }
