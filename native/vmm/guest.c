@@ -181,6 +181,10 @@ int mv_vmm_guest_init(struct mv_vmm *vmm) {
 }
 
 void mv_vmm_guest_free(struct mv_vmm *vmm) {
+  while (vmm->nvirtio) /* first: a device's worker may still raise an interrupt */
+    mv_virtio_free(vmm->virtio[--vmm->nvirtio]);
+  if (vmm->serial)
+    mv_serial_free(vmm->serial);
   if (vmm->created)
     mv_vm_destroy(&vmm->vm);
 }

@@ -99,7 +99,7 @@ struct mv_vmm {
 
 /* Puts the ports with a meaning on the bus. 0 or -errno. */
 int mv_vmm_guest_init(struct mv_vmm *vmm);
-/* Ends backend and vCPUs, whose threads are no more. */
+/* Ends devices, vCPUs and backend. No thread of a vCPU runs, nor the loop. */
 void mv_vmm_guest_free(struct mv_vmm *vmm);
 
 /* Ends the guest and then the process. Any thread; the first call counts.
