@@ -119,17 +119,12 @@ static struct mv_physpage *page_of(struct mv_dbt *d, uint64_t gpa) {
   return &d->exec->pages[slot][(gpa - d->vm->mem.slot[slot].gpa) >> 12];
 }
 
-/* The other page that a block depends on: where its last instruction ends, or
- * where it peeked; [*gpa, *gpa + *len). False: none. */
+/* The other bytes that a block depends on, [*gpa, *gpa + *len): where its last
+ * instruction ends, or where it peeked. Do they lie in another page? */
 static bool other_page(const struct mv_block *b, uint64_t *gpa, uint64_t *len) {
-  if (b->gpa2) {
-    *gpa = b->gpa2;
-    *len = (b->gpa & 0xfff) + b->guest_len - 0x1000;
-    return true;
-  }
-  *gpa = b->peek_gpa;
-  *len = b->peek_len;
-  return b->peek_len && (b->peek_gpa ^ b->gpa) >> 12;
+  *gpa = b->crosses ? b->gpa2 : b->peek_gpa;
+  *len = b->crosses ? (b->gpa & 0xfff) + b->guest_len - 0x1000 : b->peek_len;
+  return *len && (*gpa ^ b->gpa) >> 12;
 }
 
 void mv_cache_flush(struct mv_dbt *d) {
@@ -323,23 +318,24 @@ bool mv_cache_any_code(struct mv_dbt *d, uint64_t gpa, uint64_t len) {
   return false;
 }
 
-/* Drops the blocks of a page made of bytes [off, off + len) of it. */
-static void page_written(struct mv_dbt *d, struct mv_physpage *p, uint64_t ppage, uint64_t off,
-                         uint64_t len) {
+static bool overlap(uint64_t a, uint64_t alen, uint64_t b, uint64_t blen) {
+  return blen && a < b + blen && b < a + alen;
+}
+
+/* Does a block depend on any of these bytes? */
+static bool made_of(const struct mv_block *b, uint64_t gpa, uint64_t len) {
+  uint64_t first = b->crosses ? 0x1000 - (b->gpa & 0xfff) : b->guest_len, other, other_len;
+  other_page(b, &other, &other_len);
+  return overlap(gpa, len, b->gpa, first) || overlap(gpa, len, other, other_len);
+}
+
+/* Drops the blocks of a page made of the bytes [gpa, gpa + len), which are in it. */
+static void page_written(struct mv_dbt *d, struct mv_physpage *p, uint64_t gpa, uint64_t len) {
   struct mv_dbt_exec *x = d->exec;
   for (uint32_t i = p->block, next; i; i = next) {
     struct mv_block *b = &x->blocks[i];
-    bool first = (b->gpa & ~0xfffull) == ppage;
-    next = b->page_next[first ? 0 : 1];
-    uint64_t at = b->gpa & 0xfff, n = b->guest_len, peek = b->peek_gpa & 0xfff;
-    if (!first) {
-      uint64_t gpa;
-      other_page(b, &gpa, &n);
-      at = gpa & 0xfff;
-    }
-    bool peeked = b->peek_len && (b->peek_gpa & ~0xfffull) == ppage && off < peek + b->peek_len &&
-                  off + len > peek;
-    if (peeked || (off < at + n && off + len > at))
+    next = b->page_next[(b->gpa ^ gpa) >> 12 ? 1 : 0];
+    if (made_of(b, gpa, len))
       mv_cache_invalidate(d, i);
   }
 }
@@ -349,7 +345,7 @@ void mv_cache_written(struct mv_dbt *d, uint64_t gpa, uint64_t len) {
     uint64_t off = gpa & 0xfff, n = 0x1000 - off < len ? 0x1000 - off : len;
     struct mv_physpage *p = page_of(d, gpa);
     if (p && p->mask & mask_of(off, n))
-      page_written(d, p, gpa & ~0xfffull, off, n);
+      page_written(d, p, gpa, n);
     gpa += n;
     len -= n;
   }
@@ -486,11 +482,11 @@ static uint32_t translate(struct mv_dbt *d, uint64_t rip, const struct mv_walk *
   b->hash_next = x->hash[h];
   x->hash[h] = id;
   uint64_t gpa, len;
-  page_enlist(d, b->gpa, b->gpa2 ? avail : b->guest_len, id, 0);
+  page_enlist(d, b->gpa, b->crosses ? avail : b->guest_len, id, 0);
   if (other_page(b, &gpa, &len))
     page_enlist(d, gpa, len, id, 1);
-  else if (b->peek_len)
-    page_of(d, b->peek_gpa)->mask |= mask_of(b->peek_gpa & 0xfff, b->peek_len);
+  else if (len)
+    page_of(d, gpa)->mask |= mask_of(gpa & 0xfff, len);
   d->vcpu->stats.translated_blocks++;
   d->vcpu->stats.translated_insns += b->ninsns;
   return id;
@@ -499,7 +495,7 @@ static uint32_t translate(struct mv_dbt *d, uint64_t rip, const struct mv_walk *
 /* A found block's second page must be the one mapped now. */
 static bool second_page_matches(struct mv_dbt *d, const struct mv_block *b) {
   struct mv_walk w;
-  if (!b->gpa2)
+  if (!b->crosses)
     return true;
   if (second_page(d, b->rip, &w))
     return false;

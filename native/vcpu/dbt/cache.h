@@ -49,7 +49,7 @@ struct mv_link {
 };
 
 struct mv_block {
-  uint64_t rip, gpa, gpa2; /* gpa2: page of the bytes past the first page, or 0 */
+  uint64_t rip, gpa, gpa2; /* gpa2: page of the bytes past the first page, if it crosses */
   uint64_t peek_gpa;       /* bytes that were looked at for the flags they read (plan.c) */
   uint16_t peek_len;
   uint32_t code, code_end; /* offsets in the cache                           */
@@ -60,8 +60,8 @@ struct mv_block {
   uint16_t guest_len;
   uint8_t ninsns, variant;
   uint8_t mode;
-  bool dead;
-  uint8_t failures; /* of coalesced checks                                   */
+  bool dead, crosses; /* crosses: its instruction lies on two pages          */
+  uint8_t failures;   /* of coalesced checks                                   */
   uint32_t hash_next, page_next[2];
   uint32_t links_in; /* list of links into this block                        */
   struct mv_link out[2];
@@ -139,6 +139,7 @@ struct mv_dbt_exec {
   uint64_t fpu_mask;
   unsigned fpu_size;
   uint64_t bounce_gva;
+  void *alt_stack; /* signal.c's                                              */
   /* Someone wants the vCPU to look at interrupts, or to come out; a futex.   */
   _Atomic uint32_t poked;
   atomic_bool kicked;

@@ -76,12 +76,14 @@ static void emit_evex(struct mv_emit *e, const struct mv_insn *in, const uint8_t
 static void emit_legacy(struct mv_emit *e, const struct mv_insn *in, const uint8_t *bytes,
                         const struct rewrite *w) {
   static const uint8_t escape[4] = {0, 1, 2, 2};
-  unsigned esc = escape[in->map & 3], i = 0;
-  for (; i < in->opcode_off - esc; i++) {
-    uint8_t p = bytes[i];
-    if (p == 0x66 || p == 0xf2 || p == 0xf3 || p == 0xf0)
-      e8(e, p);
-  }
+  unsigned i = in->opcode_off - escape[in->map & 3];
+  /* Each prefix once, so that it stays within 15 bytes with a longer displacement. */
+  if (in->opsize)
+    e8(e, 0x66);
+  if (in->lock)
+    e8(e, 0xf0);
+  if (in->rep || in->repne)
+    e8(e, in->rep ? 0xf3 : 0xf2);
   if (w->mem && !in->modrm_off) { /* MOV AL/rAX, moffs: as MOV r, r/m and back */
     e8(e, 0x40 | (in->rex & 8) | w->base >> 3);
     e8(e, 0x88 | ((in->opcode & 3) ^ 2));

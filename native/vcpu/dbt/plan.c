@@ -404,7 +404,7 @@ static uint16_t peek_flags(struct tr *t, uint64_t rip) {
 static uint16_t flags_after(struct tr *t) {
   const struct mv_insn *in = &t->insn[t->n - 1];
   uint64_t next = next_rip(t, t->n - 1), target = next + (uint64_t)in->imm;
-  if (t->b->variant || t->b->gpa2 || t->kind[t->n - 1] > KIND_BRANCH)
+  if (t->b->variant || t->b->crosses || t->kind[t->n - 1] > KIND_BRANCH)
     return MV_F_ARITH;
   if (t->kind[t->n - 1] < KIND_BRANCH)
     return peek_flags(t, next);
@@ -458,7 +458,7 @@ static int decode_block(struct tr *t, const uint8_t *bytes, unsigned avail, cons
     limit = MV_BLOCK_INSNS_MAX;
   if (t->b->variant)
     limit = 1;
-  t->b->gpa2 = 0;
+  t->b->crosses = false;
   while (t->n < limit && at < avail) {
     struct mv_insn *in = &t->insn[t->n];
     enum mv_decode_status st = mv_decode(in, bytes + at, avail - at, MV_MODE_64);
@@ -472,10 +472,11 @@ static int decode_block(struct tr *t, const uint8_t *bytes, unsigned avail, cons
       __builtin_memcpy(t->crossing + (avail - at), bytes2, MV_INSN_MAX);
       st = mv_decode(in, t->crossing, MV_INSN_MAX, MV_MODE_64);
       t->bytes[t->n] = t->crossing;
-      t->b->gpa2 = 1;
+      t->b->crosses = true;
     }
-    if (st != MV_DECODE_OK) { /* #UD, or #GP for more than 15 bytes           */
-      *in = (struct mv_insn){.cls = MV_CLASS_UD, .len = 1};
+    if (st != MV_DECODE_OK) { /* #UD, or #GP for more than 15 bytes: all bytes count */
+      unsigned len = t->b->crosses || avail - at > MV_INSN_MAX ? MV_INSN_MAX : avail - at;
+      *in = (struct mv_insn){.cls = MV_CLASS_UD, .len = (uint8_t)len};
       in->reg.reg = in->rm.reg = in->vvvv.reg = in->opreg.reg = MV_REG_NONE;
       in->base = in->index = in->segment = MV_REG_NONE;
       in->op = st == MV_DECODE_TOO_LONG ? MV_OP_HLT : MV_OP_OTHER;
@@ -483,7 +484,7 @@ static int decode_block(struct tr *t, const uint8_t *bytes, unsigned avail, cons
     t->kind[t->n] = (uint8_t)kind_of(t, in, &t->vector);
     t->off[t->n++] = (uint16_t)at;
     at += in->len;
-    if (t->kind[t->n - 1] >= KIND_BRANCH || t->b->gpa2)
+    if (t->kind[t->n - 1] >= KIND_BRANCH || t->b->crosses)
       break;
   }
   t->b->guest_len = (uint16_t)at;

@@ -244,6 +244,8 @@ static void emit_branch(struct tr *t, unsigned i) {
     emit_exit(t, 0, target);
     break;
   case MV_OP_CALL_REL:
+    if (target <= rip_of(t, i)) /* endless recursion over a stack that is mapped in circles */
+      emit_poll(t);
     emit_push_rip(t, i, 0);
     emit_exit(t, 0, target);
     break;
@@ -462,8 +464,8 @@ int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, uns
   t.e.p = t.x->rw + t.x->hot;
   b->code = t.x->hot;
   b->map = t.x->nmap;
-  if (b->gpa2 && !(b->mode & MV_MODE_UNGUARDED)) { /* the second page is checked */
-    uint8_t *miss = emit_guard(&t.e, b->rip + b->guest_len - 1, priv_of(&t), b->codepage2);
+  if (b->crosses && !(b->mode & MV_MODE_UNGUARDED)) { /* the second page is checked */
+    uint8_t *miss = emit_guard(&t.e, (b->rip | 0xfff) + 1, priv_of(&t), b->codepage2);
     mv_add_cold(&t, COLD_GUARD, miss, (uint32_t)(b - t.x->blocks));
   }
   if (d->vm->count)
