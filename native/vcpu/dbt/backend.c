@@ -101,6 +101,7 @@ static void destroy(struct mv_vcpu *vcpu) {
     mv_cache_destroy(d);
     pthread_mutex_destroy(&d->exec->dma_lock);
     free(d->exec->fpu);
+    mv_signal_stack_free(d->exec->alt_stack);
     free(d->exec);
   }
   if (d->mmu)
@@ -142,8 +143,8 @@ static int create(struct mv_vcpu *vcpu) {
     r = -ENOMEM;
     goto fail;
   }
-  if ((r = fpu_init(d->exec)) || (r = mv_mmu_init(d)) || (r = mv_cache_init(d)) ||
-      (r = mv_system_init(d)))
+  if ((r = mv_signal_stack_new(&d->exec->alt_stack)) || (r = fpu_init(d->exec)) ||
+      (r = mv_mmu_init(d)) || (r = mv_cache_init(d)) || (r = mv_system_init(d)))
     goto fail;
   mv_ioapic_connect(vcpu->vm->impl, d->lapic);
   mv_mmu_mode_changed(d);
@@ -170,9 +171,9 @@ static int get_state(struct mv_vcpu *vcpu, struct mv_vcpu_state *out) {
 /* Takes an XSAVE image in; what XRSTOR would fault on is cleared (SDM 1 §13.8.1). */
 static void set_fpu(struct mv_dbt_exec *x, const uint8_t *image) {
   __builtin_memcpy(x->fpu, image, x->fpu_size);
-  *(uint32_t *)(x->fpu + 24) &= 0xffff;                /* MXCSR               */
-  *(uint64_t *)(x->fpu + 512) &= x->fpu_mask;          /* XSTATE_BV           */
-  __builtin_memset(x->fpu + 520, 0, 56); /* the header's rest: standard format */
+  *(uint32_t *)(x->fpu + 24) &= 0xffff;       /* MXCSR               */
+  *(uint64_t *)(x->fpu + 512) &= x->fpu_mask; /* XSTATE_BV           */
+  __builtin_memset(x->fpu + 520, 0, 56);      /* the header's rest: standard format */
 }
 
 static int set_state(struct mv_vcpu *vcpu, const struct mv_vcpu_state *in) {

@@ -16,6 +16,9 @@ void mv_dbt_recheck(struct mv_dbt *d);
 
 /* signal.c: GS, the alternate stack and the handlers, for this thread. */
 int mv_signal_init(void);
+/* The alternate stack of a vCPU; 0 or -ENOMEM. */
+int mv_signal_stack_new(void **out);
+void mv_signal_stack_free(void *stack);
 int mv_signal_bind(struct mv_dbt *d);
 void mv_signal_unbind(struct mv_dbt *d);
 /* The page that polls fault on. */

@@ -31,7 +31,8 @@ static struct sigaction before[NSIGNALS];
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void *guard_page;
 static __thread struct mv_dbt *bound;
-static __thread void *alt_stack;
+static __thread sigset_t mask_before;
+static __thread stack_t stack_before;
 
 const void *mv_signal_guard(void) {
   return guard_page;
@@ -83,19 +84,32 @@ int mv_signal_init(void) {
   return guard_page ? 0 : -ENOMEM;
 }
 
+int mv_signal_stack_new(void **out) {
+  void *p = mmap(NULL, ALT_STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (p == MAP_FAILED)
+    return -ENOMEM;
+  *out = p;
+  return 0;
+}
+
+void mv_signal_stack_free(void *stack) {
+  if (stack)
+    munmap(stack, ALT_STACK_BYTES);
+}
+
 int mv_signal_bind(struct mv_dbt *d) {
-  if (!alt_stack) {
-    void *p =
-        mmap(NULL, ALT_STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED)
-      return -ENOMEM;
-    alt_stack = p;
-  }
-  stack_t ss = {.ss_sp = alt_stack, .ss_size = ALT_STACK_BYTES, .ss_flags = (int)SS_AUTODISARM};
-  if (sigaltstack(&ss, NULL))
+  stack_t ss = {
+      .ss_sp = d->exec->alt_stack, .ss_size = ALT_STACK_BYTES, .ss_flags = (int)SS_AUTODISARM};
+  if (sigaltstack(&ss, &stack_before))
     return -errno;
   if (syscall(SYS_arch_prctl, ARCH_SET_GS, d))
     return -errno;
+  /* Other handlers may not run on an alternate stack: they wait.             */
+  sigset_t others;
+  sigfillset(&others);
+  for (unsigned i = 0; i < NSIGNALS; i++)
+    sigdelset(&others, signals[i]);
+  pthread_sigmask(SIG_SETMASK, &others, &mask_before);
   bound = d;
   return 0;
 }
@@ -103,6 +117,6 @@ int mv_signal_bind(struct mv_dbt *d) {
 void mv_signal_unbind(struct mv_dbt *d) {
   (void)d;
   bound = NULL;
-  stack_t ss = {.ss_flags = SS_DISABLE};
-  sigaltstack(&ss, NULL);
+  sigaltstack(&stack_before, NULL);
+  pthread_sigmask(SIG_SETMASK, &mask_before, NULL);
 }
