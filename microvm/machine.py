@@ -382,6 +382,8 @@ class Machine:
         when = "" if self._agent_ready else " before it was up"
         about: dict[str, Any] = {"console": self._last_console(), "report": self.report()}
         if event.code == control.POWEROFF:
+            if event.value and (line := self._init_line()):
+                return GuestGoneError(f"the guest's init gave up: {line}", **about)
             message = f"the guest powered off{when}"
             status = event.value if self._agent_ready else None
             return GuestGoneError(message, status=status, **about)
@@ -409,10 +411,18 @@ class Machine:
         return ""
 
     def _panic_line(self) -> str:
-        mark = "Kernel panic - not syncing: "
-        _, found, rest = self._last_console().partition(mark)
-        line = rest.splitlines()[0] if found and rest else ""
-        return f": {''.join(c for c in line if c.isprintable())[:120]}" if line else ""
+        line = self._line_after("Kernel panic - not syncing: ")
+        return f": {line}" if line else ""
+
+    def _init_line(self) -> str:
+        """Why our init powered off: it says so as the last thing, after its name."""
+        return self._line_after("\nmicrovm: ")
+
+    def _line_after(self, mark: str) -> str:
+        """What follows the last ``mark`` of the console in its line, fit for a message."""
+        _, found, rest = self._last_console().replace("\r", "").rpartition(mark)
+        line = rest.partition("\n")[0] if found else ""
+        return "".join(c for c in line if c.isprintable())[:120]
 
     # ---- what is known -------------------------------------------------------------------------
 

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from microvm.config import MachineConfig
     from microvm.vmm import Vmm
 
+_SECTOR = 512
+# Documentation/filesystems/ext4/super.rst: the superblock lies at 1024, s_magic at 0x38 in it
+_EXT4_MAGIC = b"\x53\xef"
+_EXT4_MAGIC_AT = 1024 + 0x38
+
 _ACCEL = {"kvm": control.KVM, "dbt": control.DBT}
 
 
@@ -59,6 +64,8 @@ def make_plan(config: MachineConfig) -> Plan:
     from microvm.images.kernels import find_kernel
 
     _check_host_memory(config.memory)
+    if config.root is not None:
+        _check_root(config.root)
     accel, why = choose(config.accel)
     if accel == "dbt" and config.cpus > 1:
         raise ConfigError(
@@ -86,6 +93,23 @@ def _check_host_memory(memory: int) -> None:
             f"memory of {memory >> 20} MiB is more than this host has ({there >> 20} MiB): "
             "give the guest less"
         )
+
+
+def _check_root(path: str) -> None:
+    """Finds out now what the guest would stumble over. A block device has no size to check."""
+    fd = _open(path, os.O_RDONLY, "root image")
+    try:
+        size = os.fstat(fd).st_size
+        if size % _SECTOR:
+            raise ConfigError(
+                f"{path}: root image of {size} bytes is not a multiple of {_SECTOR}: is it raw?"
+            )
+        if os.pread(fd, len(_EXT4_MAGIC), _EXT4_MAGIC_AT) != _EXT4_MAGIC:
+            raise ConfigError(f"{path}: root image holds no ext4 file system: mkfs.ext4 makes one")
+    except OSError as error:
+        raise HostError(f"{path}: cannot read root image: {error.strerror}") from error
+    finally:
+        os.close(fd)
 
 
 def _initrds(config: MachineConfig, kernel: Kernel) -> tuple[str, ...]:
@@ -152,7 +176,7 @@ def _send_devices(config: MachineConfig, vmm: Vmm) -> None:
 def _open(path: str, mode: int, what: str) -> int:
     try:
         return os.open(path, mode | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: {what} does not exist") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"{path}: cannot open {what}: {error.strerror}") from error
     except OSError as error:
         raise HostError(f"{path}: cannot open {what}: {error.strerror}") from error

@@ -82,7 +82,7 @@ class Front:
         return [sys.executable, "-m", "microvm", args[0], *self._machine, *args[1:]]
 
     def __call__(
-        self, *args: str, mode: str = "well", stdin: bytes = b"", timeout: float = 30
+        self, *args: str, mode: str = "well", stdin: bytes = b"", timeout: float = 60
     ) -> subprocess.CompletedProcess[bytes]:
         """Runs `microvm VERB ... ARGS`."""
         return subprocess.run(

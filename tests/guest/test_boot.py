@@ -316,6 +316,15 @@ def test_root_image_is_the_root_and_is_written(cli, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, b"kept\n"), done.stderr
 
 
+def test_root_image_that_is_broken_is_told_by_init(cli, tmp_path: Path) -> None:
+    image = tmp_path / "broken.ext4"
+    image.write_bytes(bytes(1024 + 0x38) + b"\x53\xef" + bytes(1 << 20)[: (1 << 20) - 1082])
+    done = run(cli, "--root", str(image), "--", "true")
+    assert done.returncode == 125
+    last = done.stderr.decode().splitlines()[-1]
+    assert last == "microvm: the guest's init gave up: cannot mount root /dev/vda: Invalid argument"
+
+
 # ---- more than a little of it --------------------------------------------------------------------
 
 

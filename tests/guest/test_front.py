@@ -79,9 +79,9 @@ def test_run_two_cpus_on_the_translator_says_why_not(front) -> None:
 
 
 def test_run_deadline_gives_124_and_is_named(front) -> None:
-    done = front("run", "--timeout", "700ms", "--", "sleep", "100")
+    done = front("run", "--timeout", "4s", "--", "sleep", "100")
     assert done.returncode == 124
-    assert done.stderr == b"microvm: 'sleep' was still running after 0.7 s\n"
+    assert done.stderr == b"microvm: 'sleep' was still running after 4 s\n"
 
 
 def test_boot_deadline_gives_124(front) -> None:
@@ -186,7 +186,7 @@ def start(front, *args: str, **options: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(front.argv(*args), env=front.environment("well"), **options)
 
 
-def read_until(fd: int, word: bytes, timeout: float = 15) -> bytes:
+def read_until(fd: int, word: bytes, timeout: float = 60) -> bytes:
     """Reads until `word` has come."""
     seen = b""
     deadline = time.monotonic() + timeout
@@ -210,7 +210,7 @@ def test_front_that_is_killed_leaves_no_process(front, signo: int) -> None:
     read_until(process.stdout.fileno(), b"up")
     (vmm,) = children(process.pid)
     process.send_signal(signo)
-    assert process.wait(10) == (-9 if signo == signal.SIGKILL else 128 + signo)
+    assert process.wait(30) == (-9 if signo == signal.SIGKILL else 128 + signo)
     assert gone(vmm)
     process.stdout.close()
 
@@ -222,7 +222,7 @@ def test_first_interrupt_goes_to_the_command(front) -> None:
     read_until(process.stdout.fileno(), b"up")
     process.send_signal(signal.SIGINT)
     assert process.stdout.read() == b"caught\n"
-    assert process.wait(10) == 9
+    assert process.wait(30) == 9
     process.stdout.close()
 
 
@@ -235,7 +235,7 @@ def test_second_interrupt_ends_a_command_that_does_not_care(front) -> None:
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    assert process.wait(30) == 130
     process.stdout.close()
 
 
@@ -271,7 +271,7 @@ def test_terminal_session_has_size_and_resizes(front) -> None:
         termios.tcsetwinsize(terminal.fd, (40, 120))
         terminal.process.send_signal(signal.SIGWINCH)
         read_until(terminal.fd, b"40 120")
-        assert terminal.process.wait(10) == 5
+        assert terminal.process.wait(30) == 5
         assert terminal.settings() == terminal.before
 
 
@@ -280,14 +280,14 @@ def test_terminal_keys_go_to_the_guest(front) -> None:
         read_until(terminal.fd, b"up")
         os.write(terminal.fd, b"a\x15words\r")  # ^U: the guest's terminal edits the line
         read_until(terminal.fd, b"got words")
-        assert terminal.process.wait(10) == 0
+        assert terminal.process.wait(30) == 0
 
 
 def test_terminal_interrupt_key_interrupts_the_guest_command(front) -> None:
     with Terminal(front, "run", "--", "sh", "-c", "echo up; exec sleep 100") as terminal:
         read_until(terminal.fd, b"up")
         os.write(terminal.fd, b"\x03")
-        assert terminal.process.wait(10) == 130
+        assert terminal.process.wait(30) == 130
 
 
 def test_terminal_escape_key_ends_the_session_with_a_word(front) -> None:
@@ -296,7 +296,7 @@ def test_terminal_escape_key_ends_the_session_with_a_word(front) -> None:
         read_until(terminal.fd, b"up")
         os.write(terminal.fd, b"\x1d")
         read_until(terminal.fd, b"session ended")
-        assert terminal.process.wait(10) == 129
+        assert terminal.process.wait(30) == 129
         assert terminal.settings() == terminal.before
 
 
@@ -306,5 +306,5 @@ def test_terminal_is_restored_when_the_front_is_ended(front, signo: int) -> None
         read_until(terminal.fd, b"up")
         assert terminal.settings() != terminal.before
         terminal.process.send_signal(signo)
-        assert terminal.process.wait(10) == 128 + signo
+        assert terminal.process.wait(30) == 128 + signo
         assert terminal.settings() == terminal.before

@@ -38,6 +38,7 @@ def test_help_teaches_with_an_example(cli, verb: tuple[str, ...]) -> None:
         (("run", "--kernel", "/nonexistent/vmlinux", "--", "true"), b"/nonexistent/vmlinux"),
         (("run", "--initrd", "/nonexistent/initrd", "--", "true"), b"/nonexistent/initrd"),
         (("run", "--root", "/nonexistent/image", "--", "true"), b"/nonexistent/image"),
+        (("run", "--root", "/tmp", "--", "true"), b"/tmp: cannot read root image"),
         (("run", "--report", "/nonexistent/report", "--", "true"), b"/nonexistent/report"),
         (("run", "--kernel", "/dev/null", "--", "true"), b"/dev/null"),
         (("shell", "ls"), b"microvm run"),
@@ -66,6 +67,22 @@ def test_broken_kernel_gets_one_line_and_125(cli, tmp_path: Path) -> None:
     assert done.returncode == 125
     assert done.stderr.count(b"\n") == 1
     assert str(kernel).encode() in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [(b"x" * 1000, b"multiple of 512"), (bytes(8192), b"no ext4"), (b"", b"ext4")],
+)
+def test_bad_root_image_gets_one_line_and_125(
+    cli, tmp_path: Path, content: bytes, word: bytes
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(content)
+    done = cli("run", "--root", str(image), "--", "true")
+    assert done.returncode == 125
+    assert done.stderr.startswith(f"microvm: {image}: root image ".encode())
+    assert done.stderr.count(b"\n") == 1
+    assert word in done.stderr
 
 
 def test_console_tail_is_safe_for_a_terminal() -> None:
