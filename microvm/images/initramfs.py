@@ -9,9 +9,10 @@ modules of one. Under ``$XDG_CACHE_HOME/microvm/initramfs``:
 
 So a boot costs a ``stat`` for each input that can change, and nothing is imported that builds.
 
-The archives are not compressed: the kernel copies 2 MB of pages in under 2 million instructions
-and would spend twenty times that on decompressing them. Busybox's 270 names are not in them
-either: a link costs the guest half of what an archive's entry does, so /init makes them.
+The archives are not compressed: the kernel copies the base's 2.0 MB in 1.1 million instructions.
+As gzip it would be 1.05 MB and take 41 million, twice what the rest of the boot takes. Busybox's
+270 names are not in them either: a link costs the guest less than an archive's entry does, so
+/init makes them.
 """
 
 from __future__ import annotations
