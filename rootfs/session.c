@@ -549,11 +549,12 @@ static int session_refuse(struct session *s, int error) {
   return error;
 }
 
+/* A stream has one direction for each of its channels, and no two for one. */
 static bool channels_free(const struct session *s, uint32_t channels) {
   for (int ch = 0; ch < CHANNELS; ch++)
     if (channels & 1u << ch && s->stream[ch] >= 0)
       return false;
-  return channels && !(channels >> CHANNELS);
+  return channels == MV_CH_STDERR || (channels && !(channels & ~(MV_CH_STDIN | MV_CH_STDOUT)));
 }
 
 int mv_session_attach(const struct mv_hello *hello, int fd, bool watched) {

@@ -600,6 +600,7 @@ def test_terminal_output_is_complete(agent: Agent) -> None:
         sp.control_prefix(9) + sp.frame(sp.F_SIGNAL, b"\0\0"),
         sp.data_prefix(9, 0),
         sp.data_prefix(9, 8),
+        sp.data_prefix(9, sp.CH_STDOUT | sp.CH_STDERR),
     ],
 )
 def test_garbage_ends_only_its_stream(agent: Agent, message: bytes) -> None:
