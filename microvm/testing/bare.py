@@ -191,6 +191,14 @@ class Bare(Vcpu):
         """Guest-physical address of the 4 KiB page table entry for `gva`."""
         return self._entry(gva, 1)
 
+    def large_entry_address(self, gva: int) -> int:
+        """The same of the page directory entry, which maps 2 MiB."""
+        return self._entry(gva, 2)
+
+    def huge_entry_address(self, gva: int) -> int:
+        """The same of the page directory pointer table entry, which maps 1 GiB."""
+        return self._entry(gva, 3)
+
     # ---- run --------------------------------------------------------------
 
     def load(self, source: str, at: int = CODE) -> bytes:

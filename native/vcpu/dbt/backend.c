@@ -52,6 +52,8 @@ void mv_mmu_mode_changed(struct mv_dbt *d) {
   } else if ((mode ^ x->mode) & MODE_LOCAL) {
     mv_cache_forget_jumps(d);
   }
+  if (mode != x->mode)
+    x->epoch++;
   x->mode = mode;
 }
 

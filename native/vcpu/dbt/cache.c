@@ -156,6 +156,7 @@ static void populate(struct mv_dbt_exec *x, uint32_t at, uint32_t *ready) {
 /* ======================= mappings ======================================= */
 
 void mv_cache_forget_mappings(struct mv_dbt *d) {
+  d->exec->epoch++;
   __builtin_memset(d->itlb, 0, sizeof d->itlb);
 }
 
@@ -164,6 +165,7 @@ void mv_cache_forget_mapping(struct mv_dbt *d, uint64_t gva, bool large) {
     mv_cache_forget_mappings(d);
     return;
   }
+  d->exec->epoch++;
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++)
     d->itlb[p][(gva >> 12) & (MV_ITLB_SIZE - 1)] = 0;
 }
@@ -369,6 +371,8 @@ bool mv_cache_probe_global(struct mv_dbt *d, uint64_t rip, struct mv_walk *w) {
   bool ok = mv_mmu_walk(d, rip, MV_ACC_X, false, w) == 0 && w->global && w->hva;
   d->exc_vector = vector;
   d->cr2 = cr2;
+  if (ok && w->large)
+    mv_mmu_note_large_code(d, rip);
   return ok;
 }
 
@@ -442,6 +446,8 @@ static int second_page(struct mv_dbt *d, uint64_t rip, struct mv_walk *w) {
     return -1;
   if (!w->hva) /* code in MMIO is not run                                     */
     return mv_dbt_raise_code(d, MV_EXC_GP, 0);
+  if (w->large)
+    mv_mmu_note_large_code(d, gva);
   return 0;
 }
 
@@ -518,6 +524,8 @@ uint32_t mv_cache_get(struct mv_dbt *d, uint64_t rip, enum mv_variant variant) {
   unsigned mode = x->mode;
   if (!(mode & MV_MODE_USER) && w.global)
     mode |= MV_MODE_UNGUARDED;
+  if (w.large)
+    mv_mmu_note_large_code(d, rip);
   uint64_t vpage = rip & ~0xfffull, ppage = w.gpa & ~0xfffull;
   if (!has_room(x))
     mv_cache_flush(d);

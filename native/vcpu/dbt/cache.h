@@ -124,9 +124,11 @@ struct mv_dbt_exec {
   uint32_t *hash, *codepage_hash;
   struct mv_physpage *pages[MV_MEM_SLOTS_MAX]; /* one array a memory slot     */
 
-  uint32_t mode;  /* MV_MODE_* now, without UNGUARDED                          */
-  bool tsd;       /* CR4.TSD, which code is translated for                     */
-  uint64_t epoch; /* changes when a block was invalidated                     */
+  uint32_t mode; /* MV_MODE_* now, without UNGUARDED                          */
+  bool tsd;      /* CR4.TSD, which code is translated for                     */
+  /* Changes when a block is invalidated, and when the code at RIP may be another's
+   * than it was: mode, mappings. Links of a block do not hold over that.      */
+  uint64_t epoch;
 
   /* exec.c's */
   struct mv_exit_info *exit;
@@ -227,6 +229,8 @@ struct mv_walk {
 /* Walks for an access; 0 or -1 with the exception raised. */
 int mv_mmu_walk(struct mv_dbt *d, uint64_t gva, unsigned access, bool user, struct mv_walk *out);
 void mv_mmu_tlb_fill(struct mv_dbt *d, uint64_t gva, bool user, const struct mv_walk *w);
+/* Code was fetched through a large page: INVLPG anywhere in it concerns it. */
+void mv_mmu_note_large_code(struct mv_dbt *d, uint64_t gva);
 /* A page became, or ceased to be, code: writes through the TLB stop. */
 void mv_mmu_protect(struct mv_dbt *d, uint64_t gpa);
 int mv_mmu_init(struct mv_dbt *d);

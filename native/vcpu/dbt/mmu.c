@@ -37,9 +37,11 @@ struct mv_dbt_mmu {
   /* Entries to drop at a MOV CR3: non-global ones filled since the last. */
   uint16_t filled[MV_PRIV_COUNT][LIST_MAX];
   unsigned nfilled[MV_PRIV_COUNT];
-  /* Addresses covered by large pages in the TLB, user and kernel half: INVLPG
-   * there must look at every entry. */
-  uint64_t large_lo[2], large_hi[2];
+  /* Addresses covered by large pages, user and kernel half, of the TLB and of code that was
+   * fetched: INVLPG there must look at every entry. Code is kept beyond TLB flushes. */
+  struct mv_large {
+    uint64_t lo[2], hi[2];
+  } large, large_code;
 };
 
 /* A tag that no address of entry `index` can match: its index bits differ. */
@@ -67,12 +69,27 @@ static void entry_drop(struct mv_dbt *d, unsigned priv, unsigned i) {
   e->tag_r = e->tag_w = tlb_no_tag(i);
 }
 
-static void note_large(struct mv_dbt *d, uint64_t gva) {
+static void large_clear(struct mv_large *l) {
+  l->lo[0] = l->lo[1] = ~0ull;
+  l->hi[0] = l->hi[1] = 0;
+}
+
+static void large_note(struct mv_large *l, uint64_t gva) {
   unsigned half = gva >> 63;
-  if (gva < d->mmu->large_lo[half])
-    d->mmu->large_lo[half] = gva;
-  if (gva > d->mmu->large_hi[half])
-    d->mmu->large_hi[half] = gva;
+  if (gva < l->lo[half])
+    l->lo[half] = gva;
+  if (gva > l->hi[half])
+    l->hi[half] = gva;
+}
+
+/* May a large page around gva be noted? It has at most 1 GiB. */
+static bool large_near(const struct mv_large *l, uint64_t gva) {
+  unsigned half = gva >> 63;
+  return (gva | 0x3fffffff) >= l->lo[half] && (gva & ~0x3fffffffull) <= l->hi[half];
+}
+
+void mv_mmu_note_large_code(struct mv_dbt *d, uint64_t gva) {
+  large_note(&d->mmu->large_code, gva);
 }
 
 void mv_mmu_tlb_fill(struct mv_dbt *d, uint64_t gva, bool user, const struct mv_walk *w) {
@@ -88,7 +105,7 @@ void mv_mmu_tlb_fill(struct mv_dbt *d, uint64_t gva, bool user, const struct mv_
   e->hva = (uint64_t)(uintptr_t)w->hva;
   e->global = (w->global ? ENTRY_GLOBAL : 0) | (w->large ? ENTRY_LARGE : 0);
   if (w->large)
-    note_large(d, page);
+    large_note(&m->large, page);
   if (!w->global && m->nfilled[priv] < LIST_MAX)
     m->filled[priv][m->nfilled[priv]++] = (uint16_t)i;
   d->vcpu->stats.tlb_misses++;
@@ -108,8 +125,7 @@ void mv_mmu_flush_all(struct mv_dbt *d) {
       entry_drop(d, p, i);
     d->mmu->nfilled[p] = 0;
   }
-  d->mmu->large_lo[0] = d->mmu->large_lo[1] = ~0ull;
-  d->mmu->large_hi[0] = d->mmu->large_hi[1] = 0;
+  large_clear(&d->mmu->large);
   mv_cache_forget_mappings(d);
   mv_cache_verify_global(d, ~0ull);
 }
@@ -135,9 +151,9 @@ void mv_mmu_flush_nonglobal(struct mv_dbt *d) {
 
 void mv_mmu_flush_page(struct mv_dbt *d, uint64_t gva) {
   uint64_t page = gva & ~0xfffull;
-  unsigned i = (gva >> 12) & (MV_TLB_SIZE - 1), half = gva >> 63;
-  bool large = (gva | 0x3fffffff) >= d->mmu->large_lo[half] &&
-               (gva & ~0x3fffffffull) <= d->mmu->large_hi[half];
+  unsigned i = (gva >> 12) & (MV_TLB_SIZE - 1);
+  bool large = large_near(&d->mmu->large, gva);
+  bool large_code = large || large_near(&d->mmu->large_code, gva);
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++) {
     if (d->tlb[p][i].tag_r == page)
       entry_drop(d, p, i);
@@ -145,15 +161,16 @@ void mv_mmu_flush_page(struct mv_dbt *d, uint64_t gva) {
       if (d->tlb[p][k].global & ENTRY_LARGE && (d->tlb[p][k].tag_r ^ gva) >> 30 == 0)
         entry_drop(d, p, k);
   }
-  mv_cache_forget_mapping(d, gva, large);
-  mv_cache_verify_global(d, large ? ~0ull : page);
+  mv_cache_forget_mapping(d, gva, large_code);
+  mv_cache_verify_global(d, large_code ? ~0ull : page);
 }
 
 int mv_mmu_init(struct mv_dbt *d) {
   d->mmu = calloc(1, sizeof *d->mmu);
   if (!d->mmu)
     return -ENOMEM;
-  d->mmu->large_lo[0] = d->mmu->large_lo[1] = ~0ull;
+  large_clear(&d->mmu->large);
+  large_clear(&d->mmu->large_code);
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++)
     for (unsigned i = 0; i < MV_TLB_SIZE; i++)
       entry_drop(d, p, i);
