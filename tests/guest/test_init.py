@@ -140,9 +140,9 @@ def test_root_image_power_off_writes_everything(image: Path) -> None:
     assert root_of(image, "cat /kept") == "kept"
 
 
-def test_root_image_missing_file_system_fails_boot(tmp_path: Path) -> None:
-    image = tmp_path / "empty.img"
-    image.write_bytes(bytes(1 << 20))
+def test_root_image_damaged_fails_boot(tmp_path: Path) -> None:
+    image = tmp_path / "damaged.img"
+    image.write_bytes(bytes(1080) + b"\x53\xef" + bytes((1 << 20) - 1082))  # ext4's magic alone
     with (
         pytest.raises(microvm.GuestError) as caught,
         microvm.Machine(accel="dbt", root=str(image), boot_timeout=60) as machine,
