@@ -13,7 +13,7 @@ from select import POLLIN, POLLOUT, poll
 from time import monotonic
 
 from microvm._record import Record
-from microvm.errors import CommandError, GuestError, TimeoutError
+from microvm.errors import CommandError, GuestError, MicrovmError, TimeoutError
 from microvm.session import Failed
 
 TYPE_CHECKING = False
@@ -160,7 +160,8 @@ class Command:
         self._source = source
         self._handlers: dict[int, Callable[[], None]] = {}
         self._poller = poll()
-        self._watch(guest.fileno(), POLLIN, guest.dispatch)
+        self._guest_failure: MicrovmError | None = None
+        self._watch(guest.fileno(), POLLIN, self._on_guest)
         self._watch(session.fileno(), POLLIN, self._on_session)
         self._watch(done, POLLIN, self._on_done)
         for sink in (stdout, stderr):
@@ -197,10 +198,10 @@ class Command:
 
         ``timeout``: seconds from now. Raises ``TimeoutError`` when they are over (the command goes
         on), ``CommandError`` with status 125 to 127 if it cannot be started, and what became of
-        the guest if that ends first.
+        the guest if that ends first; what the command wrote before that is still waited for.
         """
         deadline = None if timeout is None else monotonic() + timeout
-        while self._session.outcome is None or self._pending():
+        while not self._is_over() or self._pending():
             left = None if deadline is None else deadline - monotonic()
             if left is not None and left <= 0:
                 name = os.fsdecode(self._program.argv[0])
@@ -210,6 +211,9 @@ class Command:
                 if handler := self._handlers.get(fd):
                     handler()
         outcome = self._session.outcome
+        if outcome is None:
+            assert self._guest_failure
+            raise self._guest_failure
         if isinstance(outcome, Failed):
             raise CommandError(outcome.describe(self._program), returncode=outcome.returncode)
         return Completed(
@@ -241,19 +245,38 @@ class Command:
         self._handlers[fd] = handler
         self._poller.register(fd, events)
 
+    def _is_over(self) -> bool:
+        return self._session.outcome is not None or self._guest_failure is not None
+
     def _pending(self) -> bool:
         """Whether output may still come."""
         waiting = (self._done, *(s.fileno() for s in (self._stdout, self._stderr) if s))
         return any(fd in self._handlers for fd in waiting)
 
+    def _on_guest(self) -> None:
+        try:
+            self._guest.dispatch()
+        except MicrovmError as error:
+            self._fail(error)
+
     def _on_session(self) -> None:
         try:
             self._session.receive()
-        except GuestError:
-            self._guest.explain()
-            raise
+        except GuestError as error:
+            try:
+                self._guest.explain()
+            except MicrovmError as better:
+                self._fail(better)
+            else:
+                self._fail(error)
         if self._session.outcome is not None:
             self.unwatch(self._session.fileno())
+
+    def _fail(self, error: MicrovmError) -> None:
+        """The guest is over, or its agent gone mad: only output that is under way is left."""
+        self._guest_failure = error
+        self.unwatch(self._guest.fileno())
+        self.unwatch(self._session.fileno())
 
     def _on_done(self) -> None:
         if not os.read(self._done, 1):

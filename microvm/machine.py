@@ -280,7 +280,8 @@ class Machine:
 
         term = os.environ.get("TERM")
         env = {**({"TERM": term} if term else {}), **(env or {})}
-        with Keyboard(0) as keyboard:
+        self.start()  # while Ctrl-C still works
+        with Keyboard(0) as keyboard, RawTerminal(0):
             command = self.spawn(
                 argv,
                 stdin=keyboard.reader,
@@ -290,7 +291,7 @@ class Machine:
                 user=user,
                 window=window_size(0),
             )
-            with command, RawTerminal(0), WindowWatch(0, command):
+            with command, WindowWatch(0, command):
                 return keyboard.serve(command, timeout)
 
     def shell(self) -> int:

@@ -146,6 +146,7 @@ class WindowWatch:
         try:
             self._before = getsignal(SIGWINCH)
             signal(SIGWINCH, lambda *_: self._command.resize(window_size(self._fd)))
+            self._command.resize(window_size(self._fd))  # it may have changed since the start
         except ValueError:
             self._before = None
         return self

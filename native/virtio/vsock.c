@@ -11,8 +11,13 @@
  *   ACCEPTING   guest's REQUEST to a port with a         loop asks the listener,
  *               listener                                 RESPONSE owed -> OPEN
  *   OPEN        RW both ways, within credit; SHUTDOWN in either direction
+ *   DRAINING    the guest reset it, or itself, and bytes that it sent before
+ *               wait for a slow reader
  *   DEAD        both directions ended by the guest and all written (we answer
  *               RST, as Linux expects), or RST, or a broken rule
+ *
+ * DRAINING is what Linux makes of a reader that takes longer than 8 s: it
+ * sends SHUTDOWN, and RST when we have not answered by then.
  *
  * What we owe the guest is never a queue of packets, but a few bits a stream
  * (CTL_*) and a bounded ring of RSTs for packets that belong to no stream;
@@ -67,9 +72,11 @@ static struct stream **bucket(struct mv_vsock *vs, uint32_t host_port, uint32_t 
   return &vs->bucket[(host_port ^ guest_port * 0x9e3779b1u) % VSOCK_BUCKETS];
 }
 
+/* The stream between these ports, as far as the guest still knows of it. */
 static struct stream *stream_find(struct mv_vsock *vs, uint32_t host_port, uint32_t guest_port) {
   struct stream *s = *bucket(vs, host_port, guest_port);
-  while (s && (s->host_port != host_port || s->guest_port != guest_port))
+  while (s &&
+         (s->host_port != host_port || s->guest_port != guest_port || s->state == STREAM_DRAINING))
     s = s->hash_next;
   return s;
 }
@@ -123,13 +130,35 @@ static void stream_kill(struct stream *s, int error, bool send_rst) {
   loop_wake(s->vs);
 }
 
-static void streams_kill_all(struct mv_vsock *vs, int error, bool spare_unsent) {
+/* The guest's end is gone; what it sent before is still written. */
+static void stream_abandon(struct stream *s, int error) {
+  if (!s->held_len) {
+    stream_kill(s, error, false);
+    return;
+  }
+  s->state = STREAM_DRAINING;
+  s->error = error;
+  s->in_done = true;
+  for (unsigned list = 0; list < STREAM_LISTS; list++)
+    stream_dequeue(s, list);
+  work_add(s); /* closes in */
+}
+
+static void streams_kill_all(struct mv_vsock *vs, int error) {
+  for (unsigned i = 0; i < VSOCK_BUCKETS; i++)
+    while (vs->bucket[i])
+      stream_kill(vs->bucket[i], error, false);
+  vs->rst_len = 0;
+}
+
+/* `spare_unsent`: not those of which the guest has not heard yet. */
+static void streams_abandon_all(struct mv_vsock *vs, bool spare_unsent) {
   for (unsigned i = 0; i < VSOCK_BUCKETS; i++) {
     struct stream *s = vs->bucket[i], *next;
     for (; s; s = next) {
       next = s->hash_next;
       if (!(spare_unsent && s->state == STREAM_CONNECTING && !s->request_sent))
-        stream_kill(s, error, false);
+        stream_abandon(s, -ECONNRESET);
     }
   }
   vs->rst_len = 0;
@@ -144,6 +173,11 @@ void vsock_stream_ctl(struct stream *s, uint8_t ctl) {
 void vsock_stream_event(struct stream *s) {
   if (s->state == STREAM_DEAD)
     return;
+  if (s->state == STREAM_DRAINING) {
+    if (!s->held_len)
+      stream_kill(s, s->error, false);
+    return;
+  }
   if (!s->held_len && s->shut_guest == SHUT_F_BOTH) {
     stream_kill(s, 0, true);
     return;
@@ -169,7 +203,7 @@ void vsock_stream_event(struct stream *s) {
 /* The device is dead: so are its streams. */
 static void vsock_broken(struct mv_vsock *vs) {
   mv_virtio_broken(&vs->dev);
-  streams_kill_all(vs, -EPROTO, false);
+  streams_kill_all(vs, -EPROTO);
 }
 
 /* A receive buffer with room for a header and `payload` bytes. */
@@ -396,7 +430,7 @@ static void rst_take(struct stream *s) {
   int error = s->state == STREAM_CONNECTING ? -ECONNREFUSED : -ECONNRESET;
   if (s->shut_host == SHUT_F_BOTH)
     error = 0; /* its answer to our having closed both directions */
-  stream_kill(s, error, false);
+  stream_abandon(s, error);
 }
 
 /* One packet of a known stream. 0, or -errno: the stream is to be reset. */
@@ -504,7 +538,7 @@ static void vsock_driver_ok(struct mv_virtio *dev) {
 
 static void vsock_reset(struct mv_virtio *dev) {
   struct mv_vsock *vs = (struct mv_vsock *)dev;
-  streams_kill_all(vs, -ECONNRESET, true);
+  streams_abandon_all(vs, true);
   vs->tx_more = false;
 }
 
@@ -634,6 +668,12 @@ int mv_vsock_listen(struct mv_vsock *vs, uint32_t host_port, mv_vsock_accept_fn 
   return rc;
 }
 
+void mv_vsock_guest_gone(struct mv_vsock *vs) {
+  pthread_mutex_lock(&vs->dev.lock);
+  streams_abandon_all(vs, false);
+  pthread_mutex_unlock(&vs->dev.lock);
+}
+
 struct mv_virtio *mv_vsock_virtio(struct mv_vsock *vs) {
   return &vs->dev;
 }
@@ -641,7 +681,7 @@ struct mv_virtio *mv_vsock_virtio(struct mv_vsock *vs) {
 static void vsock_destroy(struct mv_virtio *dev) {
   struct mv_vsock *vs = (struct mv_vsock *)dev;
   pthread_mutex_lock(&dev->lock);
-  streams_kill_all(vs, -ECANCELED, false);
+  streams_kill_all(vs, -ECANCELED);
   dead_reap(vs);
   pthread_mutex_unlock(&dev->lock);
   mv_loop_del(vs->loop, vs->wake_fd);

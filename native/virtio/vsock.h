@@ -48,7 +48,8 @@ enum stream_state {
   STREAM_CONNECTING, /* our REQUEST is owed or sent                          */
   STREAM_ACCEPTING,  /* the guest's REQUEST waits for the loop, or RESPONSE is owed */
   STREAM_OPEN,
-  STREAM_DEAD, /* waits for the loop to close descriptors and free it        */
+  STREAM_DRAINING, /* over for the guest; held bytes wait for out_fd         */
+  STREAM_DEAD,     /* waits for the loop to close descriptors and free it        */
 };
 
 /* The lists that a stream may stand in, each at most once. */

@@ -37,7 +37,8 @@ struct message {
 };
 
 static const struct message messages[] = {
-    [MV_CTL_OPTIONS] = {"OPTIONS", mv_vmm_options, sizeof(struct mv_ctl_options), 0, 0, SETUP},
+    [MV_CTL_OPTIONS] = {"OPTIONS", mv_vmm_options, sizeof(struct mv_ctl_options), MV_CTL_PATH_MAX,
+                        0, SETUP},
     [MV_CTL_RAM] = {"RAM", mv_vmm_ram, sizeof(struct mv_ctl_ram), 0, 0, SETUP},
     [MV_CTL_DATA] = {"DATA", mv_vmm_data, sizeof(struct mv_ctl_data), MV_CTL_PACKET_MAX, 0, SETUP},
     [MV_CTL_FILE] = {"FILE", mv_vmm_file, sizeof(struct mv_ctl_file), 0, 1, SETUP},
@@ -52,6 +53,8 @@ static const struct message messages[] = {
 
 static void run_packet(struct mv_vmm *vmm, struct mv_vmm_packet *packet, size_t size) {
   static const struct message unknown = {.name = "unknown"};
+  if (vmm->ended)
+    return; /* it crossed with EXIT */
   size_t known = packet->type < sizeof messages / sizeof messages[0];
   const struct message *m =
       known && messages[packet->type].run ? &messages[packet->type] : &unknown;
@@ -109,7 +112,7 @@ static bool receive(struct mv_vmm *vmm) {
 static void control_ready(void *ctx, uint32_t events) {
   (void)events;
   struct mv_vmm *vmm = ctx;
-  while (!vmm->ended && receive(vmm))
+  while (receive(vmm))
     ;
 }
 

@@ -5,7 +5,9 @@
  * kernel panicked, a CPU shut down, the front pulled the plug). The first
  * reason given is kept and the loop is asked to finish: stop the vCPUs, send
  * console, counters, registers if something is wrong, and EXIT as the last
- * packet. The process then ends, and the host takes everything back.
+ * packet. What the guest sent on streams before is still written, for as long
+ * as the front has patience; then the process ends, and the host takes
+ * everything back.
  */
 #include <errno.h>
 #include <stdarg.h>
@@ -89,7 +91,11 @@ static void finish(void *ctx) {
   if (vmm->started && vmm->end.reason != MV_CTL_R_POWEROFF)
     send_regs(vmm);
   mv_vmm_send(vmm, MV_CTL_EXIT, &vmm->end, sizeof vmm->end, vmm->end_text, strlen(vmm->end_text));
-  mv_loop_stop(vmm->loop);
+  vmm->told = true;
+  if (vmm->vsock)
+    mv_vsock_guest_gone(vmm->vsock);
+  if (!vmm->nstreams)
+    mv_loop_stop(vmm->loop);
 }
 
 void mv_vmm_end(struct mv_vmm *vmm, enum mv_ctl_reason reason, int value, const char *format, ...) {
@@ -265,6 +271,7 @@ int mv_vmm_start(struct mv_vmm *vmm, struct mv_vmm_packet *packet) {
 /* ---- streams ---------------------------------------------------------------------- */
 
 struct stream {
+  struct mv_vmm *vmm;
   int done_fd;
 };
 
@@ -274,6 +281,8 @@ static void stream_closed(void *ctx, int error) {
   struct stream *stream = ctx;
   if (stream->done_fd >= 0)
     close(stream->done_fd);
+  if (!--stream->vmm->nstreams && stream->vmm->told)
+    mv_loop_stop(stream->vmm->loop);
   free(stream);
 }
 
@@ -307,7 +316,9 @@ int mv_vmm_connect(struct mv_vmm *vmm, struct mv_vmm_packet *packet) {
     ends.out_fd = take_fd(packet, &next);
   if (both)
     ends.out_fd = ends.in_fd;
+  stream->vmm = vmm;
   stream->done_fd = c->fds & MV_CTL_FD_DONE ? take_fd(packet, &next) : -1;
+  vmm->nstreams++;
   if (mv_vsock_connect(vmm->vsock, c->port, &ends) < 0)
     stream_closed(stream, 0);
   return 0;

@@ -78,6 +78,7 @@ struct mv_vmm {
   struct mv_vm vm;
   bool have_options, have_entry, created, started;
   struct mv_ctl_options options;
+  char saved[MV_CTL_PATH_MAX + 1]; /* path, or ""                              */
   struct mv_ctl_entry entry;
   struct mv_vmm_console console;
 
@@ -87,12 +88,13 @@ struct mv_vmm {
   struct mv_virtio *virtio[MV_VIRTIO_MMIO_MAX];
   unsigned nvirtio;
   struct mv_vsock *vsock;
+  unsigned nstreams; /* that the front opened and that are not over           */
 
   atomic_uint events_told; /* bit n: guest event n was sent                  */
 
   /* the end: the first reason given is the one that is told */
   pthread_mutex_t end_lock;
-  bool ended;
+  bool ended, told; /* told: EXIT was sent                                    */
   struct mv_ctl_exit end;
   char end_text[160];
 };

@@ -325,6 +325,25 @@ def test_root_image_that_is_broken_is_told_by_init(cli, tmp_path: Path) -> None:
     assert last == "microvm: the guest's init gave up: cannot mount root /dev/vda: Invalid argument"
 
 
+@pytest.mark.parametrize(
+    ("then", "pause"),
+    [
+        (":", 10),  # Linux resets a vsock stream that nobody has finished reading after 8 s
+        ("poweroff -f; sleep 100", 2),
+    ],
+    ids=["exits", "powers-off"],
+)
+def test_output_waits_for_a_slow_reader(kernel, then: str, pause: int) -> None:
+    script = f"head -c 250000 /dev/zero; {then}"
+    command = [sys.executable, "-m", "microvm", "run", "--accel", "dbt", "--", "sh", "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        first = process.stdout.read(1)
+        time.sleep(pause)
+        assert len(first + process.stdout.read()) == 250000
+        assert process.wait(20) == 0
+
+
 # ---- more than a little of it --------------------------------------------------------------------
 
 

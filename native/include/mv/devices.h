@@ -107,7 +107,7 @@ struct mv_vsock;
 
 /* The host's side of one stream. Bytes from in_fd go to the guest, bytes from
  * the guest to out_fd. EOF on in_fd: the guest reads EOF. The guest ends its
- * side: all it sent is written, then out_fd is closed. out_fd's reader goes
+ * side or resets it: all it sent is written, then out_fd is closed. out_fd's reader goes
  * away: the guest's next write fails. in_fd == out_fd: a socket, of which
  * each direction is shut down by itself. in_fd -1: nothing is sent after the
  * prefix and the guest is not told EOF; out_fd -1: what comes is dropped. */
@@ -135,6 +135,9 @@ int64_t mv_vsock_connect(struct mv_vsock *vsock, uint32_t guest_port,
                          const struct mv_vsock_ends *ends);
 /* Resets a stream. Loop's thread. on_close follows from the loop. */
 void mv_vsock_close(struct mv_vsock *vsock, int64_t id);
+/* The vCPUs have stopped for good: ends all streams as if the guest had reset
+ * them, which writes what it sent before. Loop's thread. */
+void mv_vsock_guest_gone(struct mv_vsock *vsock);
 /* Serves a host port: for each connection of the guest `accept` fills *ends
  * (given with -1, -1 and nothing else) and returns 0, or -errno: refused.
  * Loop's thread. Returns 0, -EADDRINUSE, -ENOSPC (16 ports). */
