@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit code. Prints one line for whatever goes wrong."""
     signal(SIGTERM, _on_signal)
     signal(SIGHUP, _on_signal)
+    _fill_standard_descriptors()
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
@@ -97,6 +98,17 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + end.signo
     except Exception as error:
         return _explain(error)
+
+
+def _fill_standard_descriptors() -> None:
+    """With stdin closed (``<&-``) the next thing opened would be taken for it: /dev/null is."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (as long as we live)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def entry() -> NoReturn:

@@ -140,6 +140,21 @@ def test_closed_pipe_ends_the_command(front) -> None:
     assert done.returncode in (1, 141)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_descriptors_are_empty_ones(front, closed: str) -> None:
+    argv = " ".join(front.argv("run", "--", "wc", "-c"))
+    done = subprocess.run(
+        ["sh", "-c", f"{argv} {closed}"],
+        input=b"",
+        capture_output=True,
+        timeout=60,
+        env=front.environment("well"),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == (b"" if ">&-" in closed.replace("2>&-", "") else b"0\n")
+
+
 def test_report_has_choice_timeline_and_end(front, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text("x" * 100000)
