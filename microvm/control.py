@@ -7,6 +7,7 @@ no socket.
 
 from __future__ import annotations
 
+import os
 from struct import Struct
 
 from microvm._record import Record
@@ -16,6 +17,7 @@ FD = 3
 PACKET_MAX = 65536
 FDS_MAX = 4
 PREFIX_MAX = 256
+PATH_MAX = 4095
 CONSOLE_MAX = 262144
 
 # enum mv_ctl_type
@@ -57,6 +59,7 @@ COUNTERS = (
     "translated_insns",
     "code_flushes",
     "tlb_misses",
+    "revived_blocks",
 )
 REGISTERS = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp"),
@@ -103,11 +106,23 @@ def _packet(kind: int, body: bytes = b"") -> bytes:
 
 
 def options(
-    accel: int, ncpus: int, flags: int = 0, max_insns: int = 0, cache_bytes: int = 0
+    accel: int,
+    ncpus: int,
+    flags: int = 0,
+    max_insns: int = 0,
+    cache_bytes: int = 0,
+    saved: str = "",
 ) -> bytes:
-    """``accel`` is KVM or DBT, ``flags`` of enum mv_ctl_flag, ``cache_bytes`` bytes or 0."""
+    """``accel`` is KVM or DBT, ``flags`` of enum mv_ctl_flag, ``cache_bytes`` bytes or 0.
+
+    ``saved``: path of the file that keeps translations between starts (at most PATH_MAX bytes;
+    a longer one is left out).
+    """
+    path = os.fsencode(saved)
     return _packet(
-        OPTIONS, OPTIONS_FORMAT.pack(VERSION, accel, ncpus, flags, max_insns, 0, cache_bytes)
+        OPTIONS,
+        OPTIONS_FORMAT.pack(VERSION, accel, ncpus, flags, max_insns, 0, cache_bytes)
+        + (path if len(path) <= PATH_MAX else b""),
     )
 
 

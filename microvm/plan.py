@@ -132,7 +132,8 @@ def send_plan(plan: Plan, vmm: Vmm) -> None:
     """Tells the VMM all of it, START included. Raises ``ConfigError``, ``HostError``."""
     config, image = plan.config, plan.image
     flags = control.COUNT if config.count else 0
-    vmm.send(control.options(_ACCEL[plan.accel], config.cpus, flags))
+    saved = os.path.join(os.path.dirname(plan.kernel.image), "translations")
+    vmm.send(control.options(_ACCEL[plan.accel], config.cpus, flags, saved=saved))
     for gpa, size in image.ram:
         vmm.send(control.ram(gpa, size))
     for gpa, content in image.data:

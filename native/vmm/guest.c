@@ -42,6 +42,7 @@ static void send_stats(struct mv_vmm *vmm) {
     sum.translated_insns += s->translated_insns;
     sum.code_flushes += s->code_flushes;
     sum.tlb_misses += s->tlb_misses;
+    sum.revived_blocks += s->revived_blocks;
   }
   mv_vmm_send(vmm, MV_CTL_STATS, &sum, sizeof sum, NULL, 0);
 }

@@ -22,6 +22,7 @@ int mv_vmm_options(struct mv_vmm *vmm, struct mv_vmm_packet *packet) {
     return -EINVAL;
   vmm->options = *o;
   vmm->have_options = true;
+  memcpy(vmm->saved, packet->tail, packet->tail_len);
   struct mv_vm *vm = &vmm->vm;
   vm->ops = o->accel == MV_CTL_KVM ? &mv_kvm_ops : &mv_dbt_ops;
   vm->has_bus = true;
@@ -33,6 +34,7 @@ int mv_vmm_options(struct mv_vmm *vmm, struct mv_vmm_packet *packet) {
       .no_flags_live = o->flags & MV_CTL_NO_FLAGS_LIVE,
       .max_insns = o->max_insns,
       .cache_bytes = o->cache_bytes,
+      .saved = packet->tail_len ? vmm->saved : NULL,
   };
   return 0;
 }

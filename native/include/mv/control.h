@@ -11,8 +11,9 @@
  * Nothing is answered until START. The first message that fails ends the VMM
  * with an EXIT event of reason SETUP that names it. After START the front may
  * send the run-time messages; events come as they happen. EXIT is always the
- * last packet: end of file without it means that the VMM was killed. When the
- * front's end closes, the VMM ends at once.
+ * last packet: end of file without it means that the VMM was killed. After it
+ * the VMM goes on until all that the guest sent on streams has been written.
+ * When the front's end closes, the VMM ends at once.
  *
  * Times are CLOCK_MONOTONIC nanoseconds. This file is read by C and, as it is,
  * by cffi in the tests that hold microvm/control.py equal to it: integers,
@@ -70,6 +71,9 @@ enum mv_ctl_flag {
   MV_CTL_NO_FLAGS_LIVE = 16,
 };
 
+/* The packet's remaining bytes: the file in which the translator keeps
+ * translations between starts, or nothing.                                  */
+#define MV_CTL_PATH_MAX 4095
 struct mv_ctl_options {
   uint32_t version; /* MV_CTL_VERSION                                        */
   uint32_t accel;   /* enum mv_ctl_accel                                     */
@@ -154,6 +158,7 @@ struct mv_ctl_stats {                /* sums over all vCPUs                     
   uint64_t exits[MV_CTL_EXIT_KINDS]; /* by enum mv_exit                      */
   uint64_t instructions, irqs;
   uint64_t translated_blocks, translated_insns, code_flushes, tlb_misses;
+  uint64_t revived_blocks; /* kept from earlier starts                          */
 };
 
 struct mv_ctl_regs {

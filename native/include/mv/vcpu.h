@@ -68,6 +68,7 @@ struct mv_vcpu_stats {
   uint64_t instructions;         /* guest instructions, if counting is on   */
   uint64_t irqs;                 /* interrupts delivered                    */
   uint64_t translated_blocks, translated_insns, code_flushes, tlb_misses;
+  uint64_t revived_blocks; /* of the translated ones: kept from earlier starts */
 };
 
 struct mv_vm;
@@ -105,6 +106,7 @@ struct mv_dbt_options {
   bool no_flags_live;   /* assume that flags are always live                */
   unsigned max_insns;   /* instructions a block; 0: default                 */
   uint64_t cache_bytes; /* code cache; 0: default                           */
+  const char *saved;    /* file of translations kept between starts, or NULL */
 };
 
 struct mv_vm {

@@ -9,6 +9,7 @@
 
 #include "apic.h"
 #include "exec.h"
+#include "saved.h"
 #include "system.h"
 
 #define MODE_LOCAL (MV_MODE_NOFPU | MV_MODE_NOSSE | MV_MODE_NOAVX | MV_MODE_NOT64)
@@ -100,6 +101,7 @@ static void destroy(struct mv_vcpu *vcpu) {
     return;
   mv_system_destroy(d);
   if (d->exec) {
+    mv_saved_close(d->exec->saved);
     mv_cache_destroy(d);
     pthread_mutex_destroy(&d->exec->dma_lock);
     free(d->exec->fpu);
@@ -127,6 +129,13 @@ static void set_tramps(struct mv_dbt *d) {
     d->tramp[i] = (uint64_t)(uintptr_t)tramp[i];
 }
 
+/* Translations made with a switch or a counter are not like others. */
+static bool keeps_translations(const struct mv_dbt *d) {
+  const struct mv_dbt_options *o = &d->vm->dbt;
+  return o->saved && !d->vm->count && !o->no_chain && !o->no_tlb && !o->no_coalesce &&
+         !o->no_flags_live && !o->max_insns && d->vcpu->id == 0;
+}
+
 static int create(struct mv_vcpu *vcpu) {
   int r = mv_signal_init();
   if (r)
@@ -149,6 +158,8 @@ static int create(struct mv_vcpu *vcpu) {
       (r = mv_mmu_init(d)) || (r = mv_cache_init(d)) || (r = mv_system_init(d)))
     goto fail;
   mv_ioapic_connect(vcpu->vm->impl, d->lapic);
+  if (keeps_translations(d) && (r = mv_saved_open(&d->exec->saved, d, d->vm->dbt.saved)))
+    goto fail;
   mv_mmu_mode_changed(d);
   return 0;
 fail:

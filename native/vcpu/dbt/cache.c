@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "cache.h"
+#include "saved.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -368,7 +369,7 @@ static void codepage_drop(struct mv_dbt *d, uint32_t id) {
 bool mv_cache_probe_global(struct mv_dbt *d, uint64_t rip, struct mv_walk *w) {
   uint8_t vector = d->exc_vector; /* a failed walk must raise nothing          */
   uint64_t cr2 = d->cr2;
-  bool ok = mv_mmu_walk(d, rip, MV_ACC_X, false, w) == 0 && w->global && w->hva;
+  bool ok = mv_mmu_walk(d, rip, MV_ACC_X, false, w) == 0 && w->g_bit && w->hva;
   d->exc_vector = vector;
   d->cr2 = cr2;
   if (ok && w->large)
@@ -451,6 +452,45 @@ static int second_page(struct mv_dbt *d, uint64_t rip, struct mv_walk *w) {
   return 0;
 }
 
+/* Are the bytes that a kept translation peeked at the same now? */
+static bool peeked_same(struct mv_dbt *d, struct mv_block *b, const struct mv_saved_block *r,
+                        const struct mv_walk *w) {
+  uint64_t off = r->peek_rip & 0xfff;
+  const uint8_t *now = w->hva + off;
+  if (!r->peek_len)
+    return true;
+  b->peek_gpa = (w->gpa & ~0xfffull) + off;
+  if (r->peek_elsewhere) {
+    struct mv_walk other;
+    if (!mv_cache_probe_global(d, r->peek_rip, &other))
+      return false;
+    now = other.hva + off;
+    b->peek_gpa = other.gpa;
+    b->codepage2 = mv_cache_codepage(d, r->peek_rip & ~0xfffull, other.gpa & ~0xfffull, b->mode);
+  }
+  if (!mv_same_bytes(now, mv_saved_peeked(r), r->peek_len))
+    return false;
+  b->peek_len = r->peek_len;
+  return true;
+}
+
+/* Takes the block from what earlier starts left, if it is there. */
+static bool revive(struct mv_dbt *d, struct mv_block *b, const struct mv_walk *w) {
+  struct mv_dbt_exec *x = d->exec;
+  unsigned off = b->rip & 0xfff;
+  if (!x->saved || b->variant || b->failures)
+    return false;
+  const struct mv_saved_block *r =
+      mv_saved_find(x->saved, b->rip, mv_saved_mode(d, b->mode), w->hva + off, 0x1000 - off);
+  if (!r || !peeked_same(d, b, r, w)) {
+    b->peek_gpa = b->codepage2 = 0;
+    return false;
+  }
+  mv_saved_revive(d, r, b);
+  d->vcpu->stats.revived_blocks++;
+  return true;
+}
+
 static uint32_t translate(struct mv_dbt *d, uint64_t rip, const struct mv_walk *w, unsigned mode,
                           unsigned variant, uint32_t cp) {
   struct mv_dbt_exec *x = d->exec;
@@ -467,13 +507,13 @@ static uint32_t translate(struct mv_dbt *d, uint64_t rip, const struct mv_walk *
   unsigned avail = 0x1000 - (rip & 0xfff);
   const uint8_t *bytes = w->hva + (rip & 0xfff);
   uint64_t gpa2 = 0;
-  if (mv_translate(d, b, bytes, avail, NULL)) {
+  if (!revive(d, b, w) && mv_translate(d, b, bytes, avail, NULL)) {
     struct mv_walk w2;
     if (second_page(d, rip, &w2))
       return 0;
     gpa2 = w2.gpa & ~0xfffull;
     unsigned mode2 = mode & ~MV_MODE_UNGUARDED;
-    if (!(mode & MV_MODE_USER) && w2.global)
+    if (!(mode & MV_MODE_USER) && w2.g_bit)
       mode2 |= MV_MODE_UNGUARDED;
     b->mode &= (uint8_t)(mode2 | ~MV_MODE_UNGUARDED); /* as guarded as the weaker one */
     uint64_t vpage2 = (rip | 0xfff) + 1;
@@ -522,7 +562,7 @@ uint32_t mv_cache_get(struct mv_dbt *d, uint64_t rip, enum mv_variant variant) {
     return 0;
   }
   unsigned mode = x->mode;
-  if (!(mode & MV_MODE_USER) && w.global)
+  if (!(mode & MV_MODE_USER) && w.g_bit)
     mode |= MV_MODE_UNGUARDED;
   if (w.large)
     mv_mmu_note_large_code(d, rip);

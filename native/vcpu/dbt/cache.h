@@ -104,6 +104,8 @@ struct mv_physpage {
 
 enum { MV_ONCE_OFF, MV_ONCE_ARMED, MV_ONCE_DONE };
 
+struct mv_saved;
+
 struct mv_dbt_exec {
   /* the cache's memory */
   uint8_t *rw, *rx;
@@ -123,6 +125,8 @@ struct mv_dbt_exec {
   uint64_t global_lo, global_hi; /* pages with unguarded code lie within      */
   uint32_t *hash, *codepage_hash;
   struct mv_physpage *pages[MV_MEM_SLOTS_MAX]; /* one array a memory slot     */
+
+  struct mv_saved *saved; /* translations of earlier starts, or NULL          */
 
   uint32_t mode; /* MV_MODE_* now, without UNGUARDED                          */
   bool tsd;      /* CR4.TSD, which code is translated for                     */
@@ -223,7 +227,9 @@ const void *mv_slow_signal(struct mv_dbt *d, uint32_t arg);
 /* mmu.c, for the slow paths */
 struct mv_walk {
   uint64_t gpa;
-  bool writable, user, executable, global, dirty, large;
+  bool writable, user, executable, dirty, large;
+  bool global;  /* kept by MOV CR3: CR4.PGE is set and the entry's G            */
+  bool g_bit;   /* the entry's G alone                                         */
   uint8_t *hva; /* of the page, or NULL: not RAM                             */
 };
 /* Walks for an access; 0 or -1 with the exception raised. */

@@ -19,6 +19,18 @@ uint32_t mv_add_site(struct tr *t, unsigned i, uint32_t restart) {
   return t->x->nsites++;
 }
 
+void mv_add_reloc(struct tr *t, enum mv_reloc_kind kind, bool cold, const uint8_t *at,
+                  uint32_t value) {
+  uint32_t off = (uint32_t)(at - t->x->rw) - (cold ? t->cold0 : t->hot0);
+  t->reloc[t->nreloc++] = (struct mv_reloc){
+      .at = (uint16_t)off, .value = (uint16_t)value, .kind = (uint8_t)kind, .cold = cold};
+}
+
+void mv_emit_site(struct tr *t, uint32_t site) {
+  e_mov_imm(&t->e, MV_T1, site);
+  mv_add_reloc(t, MV_RELOC_SITE, false, t->e.p - 4, site - t->site0);
+}
+
 void mv_emit_flags_save(struct mv_emit *e) {
   e_store(e, MV_DBT(save_rax), MV_RAX);
   e_bytes(e, 0xc0900f9f, 4); /* lahf; seto al                                */
@@ -153,7 +165,7 @@ static void emit_bounce_in(struct tr *t, unsigned i, struct access *a) {
   t->x->sites[site].size = a->size;
   t->x->sites[site].access = a->acc;
   t->x->sites[site].align = t->insn[i].mem_align;
-  e_mov_imm(&t->e, MV_T1, site);
+  mv_emit_site(t, site);
   e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_BOUNCE_IN]));
   t->x->sites[site].restart = here(t);
   e_mov_imm(&t->e, MV_T0, (uint64_t)(uintptr_t)t->d->bounce);
@@ -247,7 +259,7 @@ void mv_emit_access_done(struct tr *t, unsigned i, unsigned k) {
     return;
   uint32_t site = mv_add_site(t, i, 0);
   t->x->sites[site].size = t->acc[i][k].size;
-  e_mov_imm(&t->e, MV_T1, site);
+  mv_emit_site(t, site);
   e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_BOUNCE_OUT]));
   t->x->sites[site].restart = here(t);
 }

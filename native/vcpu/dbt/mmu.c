@@ -132,6 +132,10 @@ void mv_mmu_flush_all(struct mv_dbt *d) {
 
 void mv_mmu_flush_nonglobal(struct mv_dbt *d) {
   struct mv_dbt_mmu *m = d->mmu;
+  if (!(d->cr4 & CR4_PGE)) { /* then there are no global pages                 */
+    mv_mmu_flush_all(d);
+    return;
+  }
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++) {
     if (m->nfilled[p] < LIST_MAX) {
       for (unsigned k = 0; k < m->nfilled[p]; k++) {
@@ -252,7 +256,8 @@ int mv_mmu_walk(struct mv_dbt *d, uint64_t gva, unsigned access, bool user, stru
   out->writable = writable;
   out->user = rights & PTE_U;
   out->executable = !nx;
-  out->global = pte & PTE_G && d->cr4 & CR4_PGE;
+  out->g_bit = pte & PTE_G;
+  out->global = out->g_bit && d->cr4 & CR4_PGE;
   out->dirty = pte & PTE_D || access & MV_ACC_W;
   out->large = shift > 12;
   out->hva = mv_mmu_ram(d, out->gpa & ~0xfffull, NULL);

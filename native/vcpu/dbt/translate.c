@@ -272,7 +272,7 @@ static void emit_helper(struct tr *t, unsigned i) {
   uint32_t site = mv_add_site(t, i, 0);
   t->x->helpers[t->x->nhelpers] = t->insn[i];
   t->x->sites[site].helper = t->x->nhelpers++;
-  e_mov_imm(&t->e, MV_T1, site);
+  mv_emit_site(t, site);
   e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_INSN]));
   t->x->sites[site].restart = here(t); /* where C goes on if it just goes on  */
   emit_exit(t, 0, next_rip(t, i));
@@ -325,7 +325,7 @@ static void emit_vector_helper(struct tr *t, unsigned i) {
   uint32_t site = mv_add_site(t, i, 0);
   t->x->helpers[t->x->nhelpers] = *in;
   t->x->sites[site].helper = t->x->nhelpers++;
-  e_mov_imm(&t->e, MV_T1, site);
+  mv_emit_site(t, site);
   e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_INSN]));
   t->x->sites[site].restart = here(t);
   if (!store)
@@ -338,7 +338,7 @@ static void emit_vector_helper(struct tr *t, unsigned i) {
 static void emit_raise(struct tr *t, unsigned i) {
   uint32_t site = mv_add_site(t, i, 0);
   e_mov_imm(&t->e, MV_T0, t->vector);
-  e_mov_imm(&t->e, MV_T1, site);
+  mv_emit_site(t, site);
   e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_RAISE]));
 }
 
@@ -408,6 +408,7 @@ static void emit_cold(struct tr *t) {
   for (unsigned i = 0; i < t->ncold; i++) {
     struct cold *s = &t->cold[i];
     e_patch(s->from, c.p);
+    mv_add_reloc(t, MV_RELOC_COLD, false, s->from, (uint32_t)(c.p - t->x->rw) - t->cold0);
     enum mv_tramp tramp = MV_TRAMP_MEM;
     if (s->kind == COLD_MEM) {
       if (s->ea_known)
@@ -423,6 +424,10 @@ static void emit_cold(struct tr *t) {
       tramp = MV_TRAMP_GUARD;
     }
     e_mov_imm(&c, MV_T1, s->arg);
+    if (s->kind == COLD_LINK)
+      mv_add_reloc(t, MV_RELOC_LINK, true, c.p - 4, s->arg & 1);
+    else if (s->kind == COLD_MEM)
+      mv_add_reloc(t, MV_RELOC_SITE, true, c.p - 4, s->arg - t->site0);
     e_jmp_gs(&c, MV_DBT(tramp[tramp]));
   }
   t->x->cold = (uint32_t)(c.p - t->x->rw);
@@ -453,6 +458,32 @@ static void (*const emit_kind[KIND_COUNT])(struct tr *t, unsigned i) = {
     [KIND_RAISE] = emit_raise,
 };
 
+/* Keeps the translation for later starts, if it is of the usual kind. */
+static void save(struct tr *t) {
+  struct mv_block *b = t->b;
+  struct mv_fresh f = {.b = b,
+                       .guest = t->page + (b->rip & 0xfff),
+                       .cold = t->cold0,
+                       .cold_end = t->x->cold,
+                       .site = t->site0,
+                       .nsites = t->x->nsites - t->site0,
+                       .nrelocs = t->nreloc,
+                       .has_helper =
+                           t->kind[t->n - 1] == KIND_HELPER || t->kind[t->n - 1] == KIND_VECTOR,
+                       .reloc = t->reloc};
+  uint64_t off = b->peek_gpa & 0xfff;
+  if (!t->x->saved || b->variant || b->crosses || b->failures)
+    return;
+  if (b->peek_len && (b->peek_gpa ^ b->gpa) >> 12) {
+    f.peek_rip = t->x->codepages[b->codepage2].vpage + off;
+    f.peek = mv_mmu_ram(t->d, b->peek_gpa, NULL);
+  } else if (b->peek_len) {
+    f.peek_rip = (b->rip & ~0xfffull) + off;
+    f.peek = t->page + off;
+  }
+  mv_saved_add(t->x->saved, t->d, &f);
+}
+
 int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, unsigned avail,
                  const uint8_t *bytes2) {
   struct tr t;
@@ -462,6 +493,10 @@ int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, uns
   if (mv_plan_block(&t, bytes, avail, bytes2))
     return 1;
   t.e.p = t.x->rw + t.x->hot;
+  t.hot0 = t.x->hot;
+  t.cold0 = t.x->cold;
+  t.site0 = t.x->nsites;
+  t.nreloc = 0;
   b->code = t.x->hot;
   b->map = t.x->nmap;
   if (b->crosses && !(b->mode & MV_MODE_UNGUARDED)) { /* the second page is checked */
@@ -481,6 +516,7 @@ int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, uns
   b->code_end = here(&t);
   t.x->hot = (b->code_end + 15) & ~15u;
   emit_cold(&t);
+  save(&t);
   return 0;
 }
 

@@ -12,6 +12,7 @@
 
 #include "cache.h"
 #include "emit.h"
+#include "saved.h"
 
 #define COLD_MAX     (4 * MV_BLOCK_INSNS_MAX + 8)
 #define ACCESSES_MAX 2
@@ -82,6 +83,10 @@ struct tr {
                                         access is checked before this one    */
   const uint8_t *page;               /* the block's first page               */
   unsigned n, ncold;
+  /* for saved.c: where this run's numbers stand in the code                   */
+  uint32_t hot0, cold0, site0;
+  unsigned nreloc;
+  struct mv_reloc reloc[2 * COLD_MAX + 8];
   struct cold cold[COLD_MAX];
   uint8_t crossing[2 * MV_INSN_MAX]; /* bytes of an instruction on two pages  */
 };
@@ -114,6 +119,10 @@ unsigned mv_scratch_operands(const struct mv_insn *in);
 /* check.c */
 struct cold *mv_add_cold(struct tr *t, enum cold_kind kind, uint8_t *from, uint32_t arg);
 uint32_t mv_add_site(struct tr *t, unsigned i, uint32_t restart);
+/* Emits `mov t1, number` as an argument for C, in the hot part. */
+void mv_emit_site(struct tr *t, uint32_t site);
+void mv_add_reloc(struct tr *t, enum mv_reloc_kind kind, bool cold, const uint8_t *at,
+                  uint32_t value);
 void mv_emit_flags_save(struct mv_emit *e);
 void mv_emit_flags_restore(struct mv_emit *e);
 /* Guest R14 and R15 that an address names, into the same host registers. */
