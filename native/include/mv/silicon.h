@@ -26,7 +26,7 @@
 #define MV_SI_GPA 0x400000ULL
 
 #define MV_SI_XSAVE    2688 /* bytes of an XSAVE image up to the ZMM registers        */
-#define MV_SI_CODE_MAX 32
+#define MV_SI_CODE_MAX 1024
 
 struct mv_si_state {
   uint64_t gpr[16]; /* in the order of their numbers                         */
