@@ -14,6 +14,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include "mv/vm.h"
 #include "vmm.h"
 
 _Static_assert(MV_CTL_EXIT_KINDS == MV_EXIT_COUNT, "struct mv_ctl_stats follows enum mv_exit");
@@ -81,6 +82,19 @@ static void take_fds(struct msghdr *msg, struct mv_vmm_packet *packet) {
   }
 }
 
+#define FRONT_GONE_SECONDS 3
+
+/* Nobody is left to tell anything. What the translator would keep is written
+ * first, but not at any price: the alarm ends a guest that does not stop. */
+static _Noreturn void front_gone(struct mv_vmm *vmm) {
+  if (vmm->started && vmm->vm.dbt.saved) {
+    alarm(FRONT_GONE_SECONDS);
+    mv_vm_stop(&vmm->vm);
+    mv_vmm_guest_free(vmm);
+  }
+  _exit(0);
+}
+
 /* Receives and runs one packet. False: there is none. */
 static bool receive(struct mv_vmm *vmm) {
   static _Alignas(8) char data[MV_CTL_PACKET_MAX];
@@ -95,7 +109,7 @@ static bool receive(struct mv_vmm *vmm) {
   if (n < 0 && (errno == EAGAIN || errno == EINTR))
     return false;
   if (n <= 0)
-    _exit(0); /* nobody is left to tell anything */
+    front_gone(vmm);
   struct mv_vmm_packet packet = {.body = data + sizeof(struct mv_ctl_header)};
   take_fds(&msg, &packet);
   const struct mv_ctl_header *header = (const void *)data;
