@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _EXECUTABLE = "mv-vmm"
+_PATIENCE = 5.0  # seconds; the VMM gives itself three to write what it keeps
 
 
 def executable() -> str:
@@ -166,9 +167,9 @@ class Vmm:
     def close(self) -> None:
         """Closes the socket, which ends the process, and waits for it."""
         self._socket.close()
-        if not self.wait(2.0):
+        if not self.wait(_PATIENCE):
             self.kill()
-            self.wait(5.0)
+            self.wait(_PATIENCE)
 
     def __enter__(self) -> Vmm:
         return self
