@@ -53,9 +53,7 @@ def test_translations_second_start_revives_them(start: Start, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("damage", ["byte", "truncated", "writable", "empty", "other"])
-def test_translations_unfit_file_is_not_believed(
-    start: Start, tmp_path: Path, damage: str
-) -> None:
+def test_translations_unfit_file_is_not_believed(start: Start, tmp_path: Path, damage: str) -> None:
     start()
     path = kept(tmp_path)
     content = bytearray(path.read_bytes())
@@ -74,9 +72,7 @@ def test_translations_unfit_file_is_not_believed(
     assert start()["revived_blocks"] == 0
 
 
-def test_translations_many_guests_at_once_leave_one_good_file(
-    start: Start, tmp_path: Path
-) -> None:
+def test_translations_many_guests_at_once_leave_one_good_file(start: Start, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(start, range(4)))
     folder = kept(tmp_path).parent
