@@ -23,7 +23,7 @@
 #include "mv/cpuid.h"
 #include "mv/silicon.h"
 
-enum { INT3 = 0xcc, CHILD_SECONDS = 20 };
+enum { INT3 = 0xcc, CHILD_SECONDS = 5 };
 
 /* XSAVE standard format, SDM 1 §13.4: offsets in bytes. */
 enum {

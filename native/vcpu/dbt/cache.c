@@ -16,7 +16,7 @@
 
 #define CACHE_BYTES_DEFAULT (32ull << 20)
 #define CACHE_BYTES_MIN     (256ull << 10)
-#define BLOCK_ROOM          (16u << 10) /* the most that one block may emit, each part */
+#define BLOCK_ROOM          MV_BLOCK_ROOM
 #define POPULATE_BYTES      (256u << 10)
 #define TABLE_ENTRY_BYTES   160 /* cache bytes a block, for sizing tables      */
 

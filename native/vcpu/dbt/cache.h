@@ -73,7 +73,7 @@ struct mv_insn_map {
   uint16_t guest;
 };
 
-enum { MV_SITE_COALESCED = 1 };
+enum { MV_SITE_COALESCED = 1, MV_SITE_STACK = 2 /* through SS: #SS, not #GP */ };
 /* A place in translated code that calls C about an instruction. */
 struct mv_site {
   uint32_t block;
@@ -101,6 +101,7 @@ struct mv_physpage {
 #define MV_BLOCK_HASH_BITS    15
 #define MV_CODEPAGE_HASH_BITS 12
 #define MV_BLOCK_INSNS_MAX    32
+#define MV_BLOCK_ROOM         (16u << 10) /* the most that one block may emit, each part */
 
 enum { MV_ONCE_OFF, MV_ONCE_ARMED, MV_ONCE_DONE };
 

@@ -158,6 +158,13 @@ static void emit_check_tlb(struct tr *t, struct access *a, struct cold *c, unsig
   e_gs_base(e, 0x03, MV_T0, MV_T1, tlb + (uint32_t)offsetof(struct mv_tlb_entry, hva));
 }
 
+/* Is an access made through SS? SDM 1 table 3-5. */
+static unsigned stack_flag(const struct mv_insn *in, const struct access *a) {
+  unsigned base = a->base != MV_REG_NONE ? a->base : in->base;
+  bool other = a->modrm && in->segment != MV_REG_NONE;
+  return (base == MV_RSP || base == MV_RBP) && !other ? MV_SITE_STACK : 0;
+}
+
 /* In a bounce block C checks, reads the operand and puts it into d->bounce. */
 static void emit_bounce_in(struct tr *t, unsigned i, struct access *a) {
   uint32_t site = mv_add_site(t, i, 0);
@@ -165,6 +172,7 @@ static void emit_bounce_in(struct tr *t, unsigned i, struct access *a) {
   t->x->sites[site].size = a->size;
   t->x->sites[site].access = a->acc;
   t->x->sites[site].align = t->insn[i].mem_align;
+  t->x->sites[site].flags = (uint8_t)stack_flag(&t->insn[i], a);
   mv_emit_site(t, site);
   e_jmp_gs(&t->e, MV_DBT(tramp[MV_TRAMP_BOUNCE_IN]));
   t->x->sites[site].restart = here(t);
@@ -234,6 +242,7 @@ void mv_emit_check(struct tr *t, unsigned at, unsigned i, unsigned k) {
   s->size = (uint16_t)size;
   s->access = a->run_acc;
   s->flags = size != a->size || a->run_acc != a->acc || at != i ? MV_SITE_COALESCED : 0;
+  s->flags |= (uint8_t)stack_flag(in, a);
   s->align = in->mem_align;
   struct cold *c = mv_add_cold(t, COLD_MEM, NULL, site);
   c->flags_saved = live;

@@ -197,6 +197,16 @@ static const void *uncoalesce(struct mv_dbt *d, const struct mv_site *s) {
   return variant(d, MV_VAR_SINGLE);
 }
 
+/* What a site's access raised: a non-canonical address on the stack is #SS. */
+static const void *site_fault(struct mv_dbt *d, const struct mv_site *s) {
+  uncount(d, s);
+  bool misaligned = s->align && d->t0 & (s->align - 1u);
+  if (s->flags & MV_SITE_STACK && d->exc_vector == MV_EXC_GP && !misaligned &&
+      !mv_is_canonical(d->t0))
+    mv_dbt_raise_code(d, MV_EXC_SS, 0);
+  return fault(d);
+}
+
 const void *mv_slow_mem(struct mv_dbt *d, uint32_t site) {
   struct mv_dbt_exec *x = d->exec;
   const struct mv_site *s = &x->sites[site];
@@ -209,8 +219,7 @@ const void *mv_slow_mem(struct mv_dbt *d, uint32_t site) {
   if (mv_mmu_walk(d, gva, s->access, user, &w)) {
     if (shared)
       goto exact;
-    uncount(d, s);
-    return fault(d);
+    return site_fault(d, s);
   }
   if (!w.hva || (s->access & MV_ACC_W && mv_cache_is_code(d, w.gpa)))
     goto exact;
@@ -359,10 +368,8 @@ const void *mv_slow_bounce_in(struct mv_dbt *d, uint32_t site) {
     read_before_store(d, gva, s->size);
   if (!r && s->access & MV_ACC_R)
     r = mv_mmu_read(d, gva, d->bounce, s->size, MV_AS_CPL);
-  if (r) {
-    uncount(d, s);
-    return fault(d);
-  }
+  if (r)
+    return site_fault(d, s);
   x->bounce_gva = gva;
   return into(d, s->restart);
 }

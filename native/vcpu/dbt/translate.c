@@ -484,6 +484,10 @@ static void save(struct tr *t) {
   mv_saved_add(t->x->saved, t->d, &f);
 }
 
+_Static_assert(MV_BLOCK_INSNS_MAX *INSN_ROOM + 128 <= MV_BLOCK_ROOM &&
+                   COLD_MAX * 48 <= MV_BLOCK_ROOM,
+               "has_room() keeps enough");
+
 int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, unsigned avail,
                  const uint8_t *bytes2) {
   struct tr t;
@@ -510,6 +514,8 @@ int mv_translate(struct mv_dbt *d, struct mv_block *b, const uint8_t *bytes, uns
     if (t.hoist[i])
       mv_emit_check(&t, i, t.hoist[i] - 1, 0);
     emit_kind[t.kind[i]](&t, i);
+    if (here(&t) - t.x->map[t.x->nmap - 1].code > INSN_ROOM)
+      __builtin_trap(); /* the block might not fit: better the VMM's end than that */
   }
   if (t.kind[t.n - 1] < KIND_BRANCH)
     emit_exit(&t, 0, next_rip(&t, t.n - 1));

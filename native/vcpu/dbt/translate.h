@@ -14,6 +14,10 @@
 #include "emit.h"
 #include "saved.h"
 
+/* The most host code that an instruction takes, hot and cold apart: two checks of up to 140 bytes,
+ * their values kept and fetched, the instruction itself, a poll, two exits. FNSAVE is the fattest
+ * of one check. mv_translate() sees to it. */
+#define INSN_ROOM    480
 #define COLD_MAX     (4 * MV_BLOCK_INSNS_MAX + 8)
 #define ACCESSES_MAX 2
 #define RUN_SPAN_MAX 512
