@@ -321,9 +321,9 @@ static int access_page(struct mv_dbt *d, uint64_t gva, void *buf, unsigned len, 
   if (!p)
     return mv_mmu_phys_rw(d, w.gpa, buf, len, write);
   if (len == 8 && write)
-    *(uint64_t *)p = *(uint64_t *)buf;
+    __builtin_memcpy(p, buf, 8); /* one move                                   */
   else if (len == 8)
-    *(uint64_t *)buf = *(uint64_t *)p;
+    __builtin_memcpy(buf, p, 8);
   else if (write)
     __builtin_memcpy(p, buf, len);
   else
