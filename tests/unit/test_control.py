@@ -47,7 +47,9 @@ def test_control_enum_equals_the_header(header: FFI, enum: str, prefix: str) -> 
     assert {name: getattr(control, name.removeprefix(prefix)) for name in values} == values
 
 
-@pytest.mark.parametrize("name", ["VERSION", "FD", "PACKET_MAX", "FDS_MAX", "PREFIX_MAX", "PATH_MAX"])
+@pytest.mark.parametrize(
+    "name", ["VERSION", "FD", "PACKET_MAX", "FDS_MAX", "PREFIX_MAX", "PATH_MAX"]
+)
 def test_control_define_equals_the_header(name: str) -> None:
     found = re.search(rf"#define MV_CTL_{name}\s+(\d+)", HEADER.read_text())
     assert found
