@@ -137,7 +137,7 @@ struct mv_dbt_exec {
 
   /* exec.c's */
   struct mv_exit_info *exit;
-  bool irq_waits;   /* for IF: an interrupt came while it was clear         */
+  bool irq_waits;   /* when IF is set: look whether one waits               */
   bool stepping;    /* a MV_VAR_STEP block runs                               */
   uint8_t once;     /* MV_ONCE_*: mv_dbt_step()                               */
   bool step_trap;   /* with TF: #DB follows                                   */

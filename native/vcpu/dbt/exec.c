@@ -80,13 +80,14 @@ static int attend(struct mv_dbt *d) {
   __atomic_store_n(&d->poll, (uint64_t)(uintptr_t)&d->self, __ATOMIC_SEQ_CST);
   atomic_store(&x->poked, 0);
   mv_dma_apply(d);
-  if (mv_system_irq_ready(d))
-    return mv_system_take_irq(d);
-  x->irq_waits = !(d->eflags & MV_FL_IF);
-  return 0;
+  bool ready = mv_system_irq_ready(d);
+  int r = ready ? mv_system_take_irq(d) : 0;
+  /* More may wait behind the one that was taken, or for IF.                  */
+  x->irq_waits = ready || !(d->eflags & MV_FL_IF);
+  return r;
 }
 
-/* An interrupt was found while IF was clear, and IF is set now. */
+/* Interrupts may have waited for IF, and IF is set now. */
 static bool irq_let_in(struct mv_dbt *d) {
   return d->exec->irq_waits && d->eflags & MV_FL_IF;
 }
@@ -102,6 +103,8 @@ static const void *dispatch(struct mv_dbt *d) {
       atomic_store(&x->poked, 1);
     if (!d->irq_shadow && attend(d))
       return shutdown(d);
+    if (must_leave(d)) /* a kick may have come with what was attended to        */
+      return leave(d);
     if (x->mode & MV_MODE_NOT64) {
       x->exit->reason = MV_EXIT_ERROR;
       x->exit->error = -ENOTSUP; /* 16- and 32-bit code                        */
@@ -497,6 +500,8 @@ void mv_dbt_poke(struct mv_dbt *d) {
 void mv_dbt_recheck(struct mv_dbt *d) {
   if (mv_system_irq_ready(d))
     atomic_store(&d->exec->poked, 1);
+  else if (!(d->eflags & MV_FL_IF))
+    d->exec->irq_waits = true;
 }
 
 /* HLT: sleeps until a poke. */
