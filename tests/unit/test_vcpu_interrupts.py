@@ -132,6 +132,15 @@ def test_pending_interrupt_comes_after_the_instruction_behind_sti(apic: Bare) ->
     assert apic.regs.r14 == 1 or (apic.backend == "kvm" and apic.regs.r14 == 2)
 
 
+def test_second_interrupt_comes_when_the_first_ones_handler_returns(apic: Bare) -> None:
+    apic.set_gate(VECTOR + 0x20, HANDLER)
+    out = apic.run_code(
+        f"{X2APIC} apic_on\n wrmsr_imm SELF_IPI, {VECTOR}\n wrmsr_imm SELF_IPI, {VECTOR + 0x20}\n"
+        "sti\n mov ecx, 5000\n 1: loop 1b\n done"
+    )
+    assert (out.reason, apic.regs.r15) == ("done", 2)
+
+
 def test_task_priority_holds_interrupts_back(apic: Bare) -> None:
     out = apic.run_code(
         f"{X2APIC} apic_on\n mov eax, 5\n mov cr8, rax\n sti\n wrmsr_imm SELF_IPI, {VECTOR}\n"
