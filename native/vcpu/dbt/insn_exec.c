@@ -98,17 +98,20 @@ static int xsave(struct mv_dbt *d, uint64_t gva, bool compact) {
   return mv_mmu_write(d, gva, a.bytes, size, MV_AS_CPL);
 }
 
+/* SDM 1 §13.8.1, §13.8.2: of what the header holds behind its second word, the standard form wants
+ * the first 8 bytes zero, the compacted one all. Whatever is let through here, the host's XRSTOR
+ * must take: it runs in C. */
 static bool header_bad(const struct mv_dbt *d, const uint8_t *area) {
   uint64_t bv = load64(area + 512), comp = load64(area + 520);
-  if (bv & ~d->xcr0)
+  bool compact = comp & XCOMP_COMPACT;
+  if (bv & ~d->xcr0 || (!compact && comp))
     return true;
-  if (comp & XCOMP_COMPACT)
-    return comp & ~XCOMP_COMPACT & ~d->xcr0 || bv & ~comp;
-  if (comp)
+  if (compact &&
+      (!mv_feature_offered(MV_FEAT_XSAVEC) || comp & ~XCOMP_COMPACT & ~d->xcr0 || bv & ~comp))
     return true;
-  for (unsigned at = 528; at < 576; at += 8)
+  for (unsigned at = 528; at < (compact ? 576 : 536); at += 8)
     if (load64(area + at))
-      return comp & XCOMP_COMPACT ? true : at < 536; /* bytes 23:16 of the header */
+      return true;
   return false;
 }
 
@@ -128,6 +131,7 @@ static int xrstor(struct mv_dbt *d, uint64_t gva) {
   /* MXCSR is loaded with SSE or AVX; by the compacted form only with SSE.    */
   if (rfbm & (compact ? load64(a.bytes + 512) & 2 : 6) && mxcsr_bad(a.bytes))
     return mv_gp0(d);
+  a.bytes[26] = a.bytes[27] = 0; /* whatever the host thinks of bits that are not loaded */
   __asm__ volatile("xrstor64 %0" : : "m"(a), "a"((uint32_t)rfbm), "d"(0) : "memory");
   return 0;
 }
