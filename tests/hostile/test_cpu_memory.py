@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import pytest
 
+from microvm._native import lib
+from microvm.testing import silicon
 from microvm.testing.bare import (
     CODE,
     DATA,
@@ -312,3 +314,17 @@ def test_page_made_supervisor_only_is_closed_to_ring_3(machine: Bare) -> None:
     )
     out = machine.run_code(f"mov al, [{FAR}]\n int 0x80\n mov al, [{FAR}]\n done", user=True)
     assert (out.vector, out.error, out.cs) == (PF, 5, USER_CS)
+
+
+# ---- sizes --------------------------------------------------------------------------
+
+
+def test_operands_of_copied_instructions_fit_where_slow_accesses_are_made() -> None:
+    bounce = 128  #: struct mv_dbt.bounce
+    sizes = {
+        encoding.name: insn.mem_size
+        for encoding, insn in silicon.all_encodings()
+        if encoding.has_mem and insn.cls == lib.MV_CLASS_COPY
+    }
+    assert len(sizes) > 300
+    assert max(sizes.values()) <= bounce

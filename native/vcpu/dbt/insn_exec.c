@@ -64,6 +64,7 @@ static int fxrstor(struct mv_dbt *d, uint64_t gva) {
     return -1;
   if (mxcsr_bad(a.bytes))
     return mv_gp0(d);
+  mv_dbt_fpu_load(d); /* reading a device has put it away                       */
   __asm__ volatile("fxrstor64 %0" : : "m"(a));
   return 0;
 }
@@ -89,6 +90,7 @@ static int xsave(struct mv_dbt *d, uint64_t gva, bool compact) {
   /* Components not asked for keep their bytes.                              */
   if (mv_mmu_read(d, gva, a.bytes, size, MV_AS_CPL))
     return -1;
+  mv_dbt_fpu_load(d);
   if (compact)
     __asm__ volatile("xsavec64 %0" : "+m"(a) : "a"((uint32_t)rfbm), "d"(0) : "memory");
   else
@@ -131,6 +133,7 @@ static int xrstor(struct mv_dbt *d, uint64_t gva) {
   /* MXCSR is loaded with SSE or AVX; by the compacted form only with SSE.    */
   if (rfbm & (compact ? load64(a.bytes + 512) & 2 : 6) && mxcsr_bad(a.bytes))
     return mv_gp0(d);
+  mv_dbt_fpu_load(d);
   a.bytes[26] = a.bytes[27] = 0; /* whatever the host thinks of bits that are not loaded */
   __asm__ volatile("xrstor64 %0" : : "m"(a), "a"((uint32_t)rfbm), "d"(0) : "memory");
   return 0;
