@@ -65,6 +65,8 @@ def differing(
     guest: silicon.SiliconGuest, programs: list[blocks.Program], *, exact: bool
 ) -> list[tuple[blocks.Program, list[str]]]:
     """Programs that do not end on the guest as on the silicon, with what differs."""
+    if not programs:
+        return []
     cases = [
         blocks.make_case(program, code, XCR0)
         for program, code in zip(programs, blocks.assemble(programs), strict=True)
@@ -73,10 +75,8 @@ def differing(
     native = silicon.run_natively(cases)
     for i in range(len(cases)):
         if not native[i].ran:  # an endless loop: it and what comes after it was not run
-            rest = programs[i + 1 :]
-            return differing(guest, programs[:i], exact=exact) + (
-                differing(guest, rest, exact=exact) if rest else []
-            )
+            before, behind = programs[:i], programs[i + 1 :]
+            return differing(guest, before, exact=exact) + differing(guest, behind, exact=exact)
     ours = guest.run_cases(cases)
     for i, (program, case) in enumerate(zip(programs, cases, strict=True)):
         if ours[i].vector == native[i].vector == GP and not is_canonical(ours[i].out.rip):
