@@ -163,6 +163,8 @@ class _Writer:
         size = self.size()
         place = self.mem(size) if self.rng.random() < 0.6 else self.value(size)
         self.add(f"{op} {place}, {count}")
+        if count != "1":
+            self.defined()  # OF is not
 
     def double_shift(self) -> None:
         size = self.rng.choice((2, 4, 8))
@@ -172,6 +174,7 @@ class _Writer:
         if size == 2:
             count = str(self.rng.randrange(16))  # more is undefined
         self.add(f"{op} {self.mem(size)}, {source}, {count}")
+        self.defined()
 
     def high_byte(self) -> None:
         reg = self.rng.choice("ah dh".split())
