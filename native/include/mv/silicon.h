@@ -12,15 +12,16 @@
 
 #include "mv/testapi.h"
 
-/* Virtual addresses. What lies between is not mapped. */
-#define MV_SI_BASE       0x40000000ULL
-#define MV_SI_CODE       0x40000000ULL /* execute, read                            */
+/* Virtual addresses. What lies between is not mapped; nor is it in the host, whose heap, if the
+ * program has a fixed address, begins somewhere in the first GiB. */
+#define MV_SI_BASE       0x60000000ULL
+#define MV_SI_CODE       0x60000000ULL /* execute, read                            */
 #define MV_SI_CODE_SIZE  0x2000ULL
-#define MV_SI_DATA       0x40010000ULL /* read, write; GS base points at it        */
+#define MV_SI_DATA       0x60010000ULL /* read, write; GS base points at it        */
 #define MV_SI_DATA_SIZE  0x2000ULL
-#define MV_SI_RO         0x40020000ULL /* read                                     */
+#define MV_SI_RO         0x60020000ULL /* read                                     */
 #define MV_SI_RO_SIZE    0x1000ULL
-#define MV_SI_STACK      0x40030000ULL /* read, write                              */
+#define MV_SI_STACK      0x60030000ULL /* read, write                              */
 #define MV_SI_STACK_SIZE 0x1000ULL
 /* In the guest, address a lies at gpa a - MV_SI_BASE + MV_SI_GPA. */
 #define MV_SI_GPA 0x400000ULL
