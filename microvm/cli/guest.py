@@ -15,6 +15,8 @@ _BOOT_TIMEOUT = 300.0  # seconds without --timeout: far beyond any boot that sti
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from microvm import Machine
     from microvm.cli.options import Parsed
     from microvm.command import Command
@@ -180,8 +182,9 @@ def _command(machine: Machine, parsed: Parsed, argv: list[str], deadline: float 
             if done.escaped and not parsed.flag("quiet"):
                 complain("session ended", new_line=True)
             return done.returncode
+        pass_to = _pass_interrupts()
         with machine.spawn(argv, stdin=0, stdout=1, stderr=2, **about) as command:
-            _pass_interrupts(command)
+            pass_to(command)
             return command.wait(left).returncode
     except TimeoutError:
         limit = parsed.values["timeout"]
@@ -192,11 +195,26 @@ def _command(machine: Machine, parsed: Parsed, argv: list[str], deadline: float 
         return gone.status
 
 
-def _pass_interrupts(command: Command) -> None:
-    """The first Ctrl-C is the command's; the second one ends us."""
+def _pass_interrupts() -> Callable[[Command], None]:
+    """The first Ctrl-C is the command's; the second one ends us.
 
-    def on_interrupt(_signo: int, _frame: object) -> None:
+    Gives a function that names the command. An interrupt that comes before, because the command
+    runs as soon as it is asked for, is kept until then.
+    """
+    commands: list[Command] = []
+    early: list[int] = []
+
+    def on_interrupt(signo: int, _frame: object) -> None:
         signal(SIGINT, default_int_handler)
-        command.signal(SIGINT)
+        if commands:
+            commands[0].signal(SIGINT)
+        else:
+            early.append(signo)
+
+    def name(command: Command) -> None:
+        commands.append(command)
+        if early:
+            command.signal(SIGINT)
 
     signal(SIGINT, on_interrupt)
+    return name
