@@ -314,6 +314,10 @@ bool mv_cache_is_code(struct mv_dbt *d, uint64_t gpa) {
   return p && p->mask;
 }
 
+void mv_cache_note_write_tag(struct mv_dbt *d, uint64_t gpa) {
+  page_of(d, gpa)->written = true;
+}
+
 bool mv_cache_any_code(struct mv_dbt *d, uint64_t gpa, uint64_t len) {
   for (uint64_t at = gpa & ~0xfffull; at < gpa + len; at += 0x1000)
     if (mv_cache_is_code(d, at))
@@ -433,8 +437,9 @@ static bool has_room(struct mv_dbt_exec *x) {
 static void page_enlist(struct mv_dbt *d, uint64_t gpa, uint64_t len, uint32_t block,
                         unsigned which) {
   struct mv_physpage *p = page_of(d, gpa);
-  if (!p->mask)
+  if (!p->mask && p->written)
     mv_mmu_protect(d, gpa);
+  p->written &= p->mask != 0;
   p->mask |= mask_of(gpa & 0xfff, len);
   d->exec->blocks[block].page_next[which] = p->block;
   p->block = block;

@@ -96,6 +96,7 @@ struct mv_codepage {
 struct mv_physpage {
   uint64_t mask;  /* bit i: bytes [64 i, 64 i + 64) were translated          */
   uint32_t block; /* first, then mv_block.page_next                          */
+  bool written;   /* the TLB may have a write tag for it                      */
 };
 
 #define MV_BLOCK_HASH_BITS    15
@@ -176,6 +177,8 @@ void mv_cache_flush(struct mv_dbt *d);
 void mv_cache_written(struct mv_dbt *d, uint64_t gpa, uint64_t len);
 /* Does the page hold translated code? Such a page gets no write tag. */
 bool mv_cache_is_code(struct mv_dbt *d, uint64_t gpa);
+/* The TLB has a write tag for a page. */
+void mv_cache_note_write_tag(struct mv_dbt *d, uint64_t gpa);
 /* Does a range of RAM? Any thread: a hint that is right for what was translated
  * before the range was written. */
 bool mv_cache_any_code(struct mv_dbt *d, uint64_t gpa, uint64_t len);

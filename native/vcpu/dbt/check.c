@@ -143,6 +143,10 @@ static void emit_check_const(struct tr *t, struct access *a, struct cold *c, uin
   a->at = (int32_t)(ea & 0xfff);
 }
 
+static void emit_cmp_t0(struct mv_emit *e, unsigned size) { /* cmp t0, 4096 - size */
+  e_bytes(e, 0xfe8149ull | (uint64_t)(4096 - size) << 24, 7);
+}
+
 static void emit_check_tlb(struct tr *t, struct access *a, struct cold *c, unsigned size) {
   struct mv_emit *e = &t->e;
   uint32_t tlb =
@@ -152,7 +156,7 @@ static void emit_check_tlb(struct tr *t, struct access *a, struct cold *c, unsig
   e_bytes(e, 0x07efc149f7894dull, 7);
   e_bytes(e, 0xe78141ull | (uint64_t)((MV_TLB_SIZE - 1) << 5) << 24, 7); /* and t1d, imm32 */
   e_gs_base(e, 0x33, MV_T0, MV_T1, tag);                                 /* xor t0, gs:[t1 + tag] */
-  e_bytes(e, 0xfe8149ull | (uint64_t)(4096 - size) << 24, 7);            /* cmp t0, 4096 - size */
+  emit_cmp_t0(e, size);
   c->tag_off = tag;
   c->from = e_jcc(e, 7); /* ja                                               */
   e_gs_base(e, 0x03, MV_T0, MV_T1, tlb + (uint32_t)offsetof(struct mv_tlb_entry, hva));
@@ -163,6 +167,68 @@ static unsigned stack_flag(const struct mv_insn *in, const struct access *a) {
   unsigned base = a->base != MV_REG_NONE ? a->base : in->base;
   bool other = a->modrm && in->segment != MV_REG_NONE;
   return (base == MV_RSP || base == MV_RBP) && !other ? MV_SITE_STACK : 0;
+}
+
+/* ---- last pages -------------------------------------------------------------
+ * The stack, and tables at fixed addresses, are accessed in one page again and
+ * again. Such an access compares with the page that its kind went to last:
+ *     xor t0, gs:[last.tag];  cmp t0, 4096 - size;  ja cold
+ *     add t0, gs:[last.hva]
+ * which is shorter than the TLB's sequence and, for tables, takes the look-up
+ * out of the chain of dependent loads. The cold part looks into the TLB and
+ * remembers what it finds. Whatever drops TLB entries forgets all last pages.  */
+
+/* Which last page the access compares with, or -1: none. */
+static int last_page(struct tr *t, unsigned i, const struct access *a) {
+  const struct mv_insn *in = &t->insn[i];
+  if (t->b->variant)
+    return -1;
+  if (a->base != MV_REG_NONE)
+    return a->base == MV_RSP ? 0 : -1;
+  if (a->modrm && in->index != MV_REG_NONE && in->scale >= 4 && in->segment == MV_REG_NONE &&
+      in->op != MV_OP_BT_MEM_REG)
+    return 1 + (int)(rip_of(t, i) >> 2 & (MV_LAST_PAGES - 2));
+  return -1;
+}
+
+static void emit_check_last(struct tr *t, struct access *a, struct cold *c, unsigned size,
+                            unsigned index) {
+  struct mv_emit *e = &t->e;
+  unsigned write = a->run_acc & MV_ACC_W ? 1 : 0;
+  uint32_t last = MV_DBT(last[0][0][0]) + ((priv_of(t) * 2 + write) * MV_LAST_PAGES + index) *
+                                              (uint32_t)sizeof(struct mv_last_page);
+  e_gs_abs(e, 0x33, MV_T0, last);
+  emit_cmp_t0(e, size);
+  c->kind = COLD_LAST;
+  c->from = e_jcc(e, 7);
+  e_gs_abs(e, 0x03, MV_T0, last + (uint32_t)offsetof(struct mv_last_page, hva));
+  c->last = last;
+  c->size = (uint16_t)size;
+  c->resume = e->p;
+  c->tag_off = MV_DBT(tlb[0][0]) +
+               priv_of(t) * MV_TLB_SIZE * (uint32_t)sizeof(struct mv_tlb_entry) + write * 8;
+}
+
+uint8_t *mv_emit_last_miss(struct tr *t, struct mv_emit *c, const struct cold *s) {
+  uint32_t hva = s->tag_off - (s->tag_off - MV_DBT(tlb[0][0])) % sizeof(struct mv_tlb_entry) +
+                 (uint32_t)offsetof(struct mv_tlb_entry, hva);
+  e_gs_abs(c, 0x33, MV_T0, s->last); /* t0 is the address again               */
+  e_bytes(c, 0x07efc149f7894dull, 7);
+  e_bytes(c, 0xe78141ull | (uint64_t)((MV_TLB_SIZE - 1) << 5) << 24, 7);
+  e_gs_base(c, 0x33, MV_T0, MV_T1, s->tag_off);
+  emit_cmp_t0(c, s->size);
+  uint8_t *miss = e_jcc(c, 7);
+  e_store(c, MV_DBT(borrow), MV_RAX); /* it may hold the flags                */
+  e_gs_base(c, 0x8b, MV_RAX, MV_T1, s->tag_off);
+  e_store(c, s->last, MV_RAX);
+  e_gs_base(c, 0x8b, MV_RAX, MV_T1, hva);
+  e_store(c, s->last + (uint32_t)offsetof(struct mv_last_page, hva), MV_RAX);
+  e_bytes(c, 0xc60149, 3); /* add t0, rax                                     */
+  e_load(c, MV_RAX, MV_DBT(borrow));
+  uint8_t *back = e_jmp(c);
+  e_patch(back, s->resume);
+  mv_add_reloc(t, MV_RELOC_HOT, true, back, (uint32_t)(s->resume - t->x->rw) - t->hot0);
+  return miss;
 }
 
 /* In a bounce block C checks, reads the operand and puts it into d->bounce. */
@@ -246,8 +312,11 @@ void mv_emit_check(struct tr *t, unsigned at, unsigned i, unsigned k) {
   s->align = in->mem_align;
   struct cold *c = mv_add_cold(t, COLD_MEM, NULL, site);
   c->flags_saved = live;
+  int last = last_page(t, i, a);
   if (constant)
     emit_check_const(t, a, c, ea);
+  else if (last >= 0)
+    emit_check_last(t, a, c, size, (unsigned)last);
   else
     emit_check_tlb(t, a, c, size);
   if (live)

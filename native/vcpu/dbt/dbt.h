@@ -106,8 +106,19 @@ struct mv_tlb_entry {
   uint64_t hva; /* host address of the page                                 */
   uint64_t global;
 };
-#define MV_TLB_BITS 10
+#define MV_TLB_BITS 12
 #define MV_TLB_SIZE (1u << MV_TLB_BITS)
+
+/* The page that a kind of access went to last (check.c, "last pages"), in front
+ * of the TLB: one compare with memory at a fixed place, no index. */
+struct mv_last_page {
+  uint64_t tag; /* the page's address, or MV_NO_PAGE                          */
+  uint64_t hva; /* of the page, or MV_NO_HVA                                  */
+};
+#define MV_LAST_PAGES 33u /* the stack's; 32 for tables                        */
+/* Both not canonical: an address that matches the one faults by the other. */
+#define MV_NO_PAGE (1ull << 63)
+#define MV_NO_HVA  (1ull << 62)
 
 /* Jump cache: code address by the low 16 bits of RIP. The code that is entered
  * checks that it is the right one (translate.c, "entries"). */
@@ -185,6 +196,7 @@ struct mv_dbt {
   uint32_t itlb[MV_PRIV_COUNT][MV_ITLB_SIZE];
   struct mv_tlb_entry tlb[MV_PRIV_COUNT][MV_TLB_SIZE] __attribute__((aligned(64)));
   uint64_t jc[MV_PRIV_COUNT][MV_JC_SIZE];
+  struct mv_last_page last[MV_PRIV_COUNT][2][MV_LAST_PAGES]; /* [reads, writes] */
 };
 
 /* ======================== raising exceptions =========================== */

@@ -5,5 +5,5 @@
 #define MV_OFF_HOST_RSP 592
 #define MV_OFF_RESUME   600
 #define MV_OFF_T0       608
-#define MV_OFF_JC       74752
+#define MV_OFF_JC       271360
 #endif

@@ -595,7 +595,10 @@ const void *mv_slow_signal(struct mv_dbt *d, uint32_t arg) {
   case MV_EXC_XM:
     mv_dbt_raise(d, (unsigned)x->sig.trap);
     return fault(d);
-  case MV_EXC_GP:
+  case MV_EXC_GP: /* an address, an operand? Run exactly, the instruction tells */
+    if (!(b->variant & MV_VAR_BOUNCE))
+      return variant(d, MV_VAR_BOUNCE);
+    /* fall through */
   case MV_EXC_AC:
     mv_dbt_raise_code(d, (unsigned)x->sig.trap, 0);
     return fault(d);

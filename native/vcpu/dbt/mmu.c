@@ -101,7 +101,10 @@ void mv_mmu_tlb_fill(struct mv_dbt *d, uint64_t gva, bool user, const struct mv_
   if (d->vm->dbt.no_tlb)
     return;
   e->tag_r = page;
-  e->tag_w = w->writable && w->dirty && !mv_cache_is_code(d, w->gpa) ? page : tlb_no_tag(i);
+  bool writes = w->writable && w->dirty && !mv_cache_is_code(d, w->gpa);
+  e->tag_w = writes ? page : tlb_no_tag(i);
+  if (writes)
+    mv_cache_note_write_tag(d, w->gpa);
   e->hva = (uint64_t)(uintptr_t)w->hva;
   e->global = (w->global ? ENTRY_GLOBAL : 0) | (w->large ? ENTRY_LARGE : 0);
   if (w->large)
@@ -111,7 +114,14 @@ void mv_mmu_tlb_fill(struct mv_dbt *d, uint64_t gva, bool user, const struct mv_
   d->vcpu->stats.tlb_misses++;
 }
 
+static void forget_last_pages(struct mv_dbt *d) {
+  struct mv_last_page *l = &d->last[0][0][0];
+  for (unsigned i = 0; i < sizeof d->last / sizeof *l; i++)
+    l[i] = (struct mv_last_page){MV_NO_PAGE, MV_NO_HVA};
+}
+
 void mv_mmu_protect(struct mv_dbt *d, uint64_t gpa) {
+  forget_last_pages(d);
   uint64_t hva = (uint64_t)(uintptr_t)mv_mmu_ram(d, gpa & ~0xfffull, NULL);
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++)
     for (unsigned i = 0; i < MV_TLB_SIZE; i++)
@@ -120,6 +130,7 @@ void mv_mmu_protect(struct mv_dbt *d, uint64_t gpa) {
 }
 
 void mv_mmu_flush_all(struct mv_dbt *d) {
+  forget_last_pages(d);
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++) {
     for (unsigned i = 0; i < MV_TLB_SIZE; i++)
       entry_drop(d, p, i);
@@ -136,6 +147,7 @@ void mv_mmu_flush_nonglobal(struct mv_dbt *d) {
     mv_mmu_flush_all(d);
     return;
   }
+  forget_last_pages(d);
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++) {
     if (m->nfilled[p] < LIST_MAX) {
       for (unsigned k = 0; k < m->nfilled[p]; k++) {
@@ -154,6 +166,7 @@ void mv_mmu_flush_nonglobal(struct mv_dbt *d) {
 }
 
 void mv_mmu_flush_page(struct mv_dbt *d, uint64_t gva) {
+  forget_last_pages(d);
   uint64_t page = gva & ~0xfffull;
   unsigned i = (gva >> 12) & (MV_TLB_SIZE - 1);
   bool large = large_near(&d->mmu->large, gva);
@@ -178,6 +191,7 @@ int mv_mmu_init(struct mv_dbt *d) {
   for (unsigned p = 0; p < MV_PRIV_COUNT; p++)
     for (unsigned i = 0; i < MV_TLB_SIZE; i++)
       entry_drop(d, p, i);
+  forget_last_pages(d);
   return 0;
 }
 

@@ -213,6 +213,8 @@ static void relocate(struct mv_dbt_exec *x, uint32_t hot, uint32_t cold, uint32_
   uint32_t at = (r->cold ? cold : hot) + r->at, v;
   if (r->kind == MV_RELOC_COLD)
     v = cold + r->value - (at + 4);
+  else if (r->kind == MV_RELOC_HOT)
+    v = hot + r->value - (at + 4);
   else
     v = r->kind == MV_RELOC_SITE ? site + r->value : block << 1 | r->value;
   __builtin_memcpy(x->rw + at, &v, 4);

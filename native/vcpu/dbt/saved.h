@@ -17,6 +17,7 @@
 
 enum mv_reloc_kind {
   MV_RELOC_COLD, /* rel32 in the hot part; value: offset in the cold part     */
+  MV_RELOC_HOT,  /* rel32 in the cold part; value: offset in the hot part     */
   MV_RELOC_SITE, /* imm32; value: index among the block's sites               */
   MV_RELOC_LINK, /* imm32; value: slot of mv_block.out                        */
 };

@@ -410,6 +410,11 @@ static void emit_cold(struct tr *t) {
     e_patch(s->from, c.p);
     mv_add_reloc(t, MV_RELOC_COLD, false, s->from, (uint32_t)(c.p - t->x->rw) - t->cold0);
     enum mv_tramp tramp = MV_TRAMP_MEM;
+    if (s->kind == COLD_LAST) {
+      uint8_t *miss = mv_emit_last_miss(t, &c, s);
+      e_patch(miss, c.p);
+      s->kind = COLD_MEM;
+    }
     if (s->kind == COLD_MEM) {
       if (s->ea_known)
         e_mov_imm(&c, MV_T0, s->ea);

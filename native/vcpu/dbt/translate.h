@@ -22,7 +22,7 @@
 #define ACCESSES_MAX 2
 #define RUN_SPAN_MAX 512
 
-enum cold_kind { COLD_MEM, COLD_GUARD, COLD_LINK };
+enum cold_kind { COLD_MEM, COLD_LAST, COLD_GUARD, COLD_LINK };
 
 /* A stub to be emitted in the cold part when the block's hot part is done. */
 struct cold {
@@ -33,6 +33,10 @@ struct cold {
   bool ea_known; /* else T0 ^ tag gives it back                              */
   uint64_t ea;
   uint32_t tag_off;
+  /* COLD_LAST: the last page is another one, look into the TLB              */
+  uint32_t last;
+  uint16_t size;
+  uint8_t *resume;
 };
 
 /* One memory access of an instruction, in the order in which they are made. */
@@ -121,6 +125,9 @@ int mv_plan_block(struct tr *t, const uint8_t *bytes, unsigned avail, const uint
 unsigned mv_scratch_operands(const struct mv_insn *in);
 
 /* check.c */
+/* The cold part of a check against a last page; returns the place of the rel32
+ * that goes to mv_slow_mem()'s stub. */
+uint8_t *mv_emit_last_miss(struct tr *t, struct mv_emit *c, const struct cold *s);
 struct cold *mv_add_cold(struct tr *t, enum cold_kind kind, uint8_t *from, uint32_t arg);
 uint32_t mv_add_site(struct tr *t, unsigned i, uint32_t restart);
 /* Emits `mov t1, number` as an argument for C, in the hot part. */
