@@ -185,7 +185,7 @@ static int last_page(struct tr *t, unsigned i, const struct access *a) {
     return -1;
   if (a->base != MV_REG_NONE)
     return a->base == MV_RSP ? 0 : -1;
-  if (a->modrm && in->index != MV_REG_NONE && in->scale >= 4 && in->segment == MV_REG_NONE &&
+  if (a->modrm && in->index != MV_REG_NONE && in->scale >= 2 && in->segment == MV_REG_NONE &&
       in->op != MV_OP_BT_MEM_REG)
     return 1 + (int)(rip_of(t, i) >> 2 & (MV_LAST_PAGES - 2));
   return -1;
