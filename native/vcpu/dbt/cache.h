@@ -231,7 +231,7 @@ const void *mv_slow_signal(struct mv_dbt *d, uint32_t arg);
 /* mmu.c, for the slow paths */
 struct mv_walk {
   uint64_t gpa;
-  bool writable, user, executable, dirty, large;
+  bool writable, dirty, large;
   bool global;  /* kept by MOV CR3: CR4.PGE is set and the entry's G            */
   bool g_bit;   /* the entry's G alone                                         */
   uint8_t *hva; /* of the page, or NULL: not RAM                             */

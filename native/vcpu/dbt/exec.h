@@ -23,8 +23,6 @@ int mv_signal_bind(struct mv_dbt *d);
 void mv_signal_unbind(struct mv_dbt *d);
 /* The page that polls fault on. */
 const void *mv_signal_guard(void);
-/* Is `d` what this thread runs? */
-bool mv_signal_is_bound(const struct mv_dbt *d);
 
 /* dma.c: devices wrote guest RAM that may hold translated code. */
 void mv_dma_written(void *vm, uint64_t gpa, uint64_t len);

@@ -221,8 +221,7 @@ static int fault(struct mv_dbt *d, uint64_t gva, unsigned access, bool user, uns
 }
 
 static int walk_unpaged(struct mv_dbt *d, uint64_t gva, struct mv_walk *out) {
-  *out = (struct mv_walk){
-      .gpa = (uint32_t)gva, .writable = true, .user = true, .executable = true, .dirty = true};
+  *out = (struct mv_walk){.gpa = (uint32_t)gva, .writable = true, .dirty = true};
   out->hva = mv_mmu_ram(d, out->gpa & ~0xfffull, NULL);
   return 0;
 }
@@ -268,8 +267,6 @@ int mv_mmu_walk(struct mv_dbt *d, uint64_t gva, unsigned access, bool user, stru
   uint64_t size_mask = (1ull << shift) - 1;
   out->gpa = (pte & PTE_ADDR & ~size_mask) | (gva & size_mask);
   out->writable = writable;
-  out->user = rights & PTE_U;
-  out->executable = !nx;
   out->g_bit = pte & PTE_G;
   out->global = out->g_bit && d->cr4 & CR4_PGE;
   out->dirty = pte & PTE_D || access & MV_ACC_W;

@@ -37,10 +37,6 @@ static __thread stack_t stack_before;
 const void *mv_signal_guard(void) {
   return guard_page;
 }
-bool mv_signal_is_bound(const struct mv_dbt *d) {
-  return bound == d;
-}
-
 static void forward(int sig, siginfo_t *info, void *uc) {
   for (unsigned i = 0; i < NSIGNALS; i++) {
     if (signals[i] != sig)
